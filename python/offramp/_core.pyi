@@ -1,0 +1,41 @@
+"""The compiled core: arguments are checked and laid out by `offramp.calibration` and `offramp.decision`."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = [
+    "__version__",
+    "fast_calibrate",
+    "instruction_set",
+    "instruction_sets",
+    "sort_by_score",
+    "threshold_curve",
+    "top2_margin_row",
+    "top2_margin_rows",
+]
+
+__version__: str
+
+def fast_calibrate(
+    scores: NDArray[Any],
+    dtype: str,
+    correct: NDArray[np.uint8],
+    heads: int | None,
+    eps: NDArray[np.float64],
+    by_index: bool,
+    threads: int,
+    method: str = "",
+    isa: str = "",
+) -> NDArray[np.float64]: ...
+def sort_by_score(
+    scores: NDArray[Any], dtype: str, correct: NDArray[np.uint8], threads: int
+) -> tuple[NDArray[Any], NDArray[np.uint8]]: ...
+def threshold_curve(
+    scores: NDArray[Any], dtype: str, correct: NDArray[np.uint8], threads: int
+) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]: ...
+def instruction_set() -> str: ...
+def instruction_sets() -> list[str]: ...
+def top2_margin_row(logits: NDArray[Any], dtype: str) -> tuple[int, float]: ...
+def top2_margin_rows(logits: NDArray[Any], dtype: str) -> tuple[NDArray[np.int64], NDArray[np.float32]]: ...

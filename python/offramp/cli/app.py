@@ -1,0 +1,83 @@
+"""The command's entry: its list of subcommands, and what every failure turns into."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+import click
+
+import offramp
+from offramp.cli.bench import bench
+from offramp.cli.info import info
+from offramp.cli.models import calibrate, demo, evaluate, generate, train
+from offramp.cli.threshold import threshold
+from offramp.errors import OfframpError
+
+DONE, BUG, USER, INTERRUPTED = 0, 1, 2, 130
+EXTRAS = {
+    "llm": ("torch", "transformers", "safetensors", "accelerate"),
+    "cli": ("jinja2",),
+    "plot": ("matplotlib",),
+}
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]}, invoke_without_command=True)
+@click.version_option(offramp.__version__, prog_name="offramp")
+@click.pass_context
+def command(context: click.Context) -> None:
+    """Early exits for language models, and exact confidence thresholds for any classifier."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
+
+
+for _subcommand in (demo, train, calibrate, generate, evaluate, bench, threshold, info):
+    command.add_command(_subcommand)
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit code; `arguments` are those of the process if not given."""
+    try:
+        outcome = command.main(args=arguments, prog_name="offramp", standalone_mode=False)
+    except (click.Abort, KeyboardInterrupt):
+        return _refuse("offramp", "interrupted", INTERRUPTED)
+    except BrokenPipeError:
+        # The reader of our output left, as `head` does; nothing more can be said to it, at exit neither.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
+    except Exception as error:
+        fault = _fault_of_the_user(error)
+        return _refuse(*fault) if fault else _report_bug()
+    return outcome if isinstance(outcome, int) else DONE
+
+
+def _fault_of_the_user(error: Exception) -> tuple[str, str] | None:
+    """Say where and what, if the input is to blame; None for a bug."""
+    match error:
+        case click.UsageError():
+            where = error.ctx.command_path if error.ctx else "offramp"
+            return where, f"{error.format_message().rstrip('.')} (see `{where} --help`)"
+        case click.ClickException():
+            return "offramp", error.format_message()
+        case OfframpError():
+            return "offramp", str(error)
+        case FileNotFoundError() | PermissionError() | IsADirectoryError() | NotADirectoryError():
+            return ("offramp", f"{error.filename}: {error.strerror}") if error.filename else None
+        case ImportError():
+            missing = (error.name or "").partition(".")[0]
+            extra = next((extra for extra, packages in EXTRAS.items() if missing in packages), None)
+            return ("offramp", f"this needs {missing}: run `pip install offramp[{extra}]`") if extra else None
+    return None
+
+
+def _refuse(where: str, sentence: str, code: int = USER) -> int:
+    sys.stderr.write(f"{where}: {' '.join(sentence.split())}\n")
+    return code
+
+
+def _report_bug() -> int:
+    traceback.print_exc()
+    sys.stderr.write("offramp: this is a bug in offramp; please report it with the lines above\n")
+    return BUG

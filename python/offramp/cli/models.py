@@ -1,0 +1,221 @@
+"""The subcommands on language models: their options.  What they do is in `pipeline` and `showcase`.
+
+Those two load torch, which takes seconds, so they are imported when a command runs and not for its --help.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from offramp.cli.options import COUNT, EPS, EPS_LIST, FOLDER, LAYERS, prompts_option, where_options
+from offramp.cli.session import Session, with_session
+
+
+@click.command()
+@click.option(
+    "--folder",
+    type=FOLDER,
+    default=Path("runs/demo"),
+    show_default=True,
+    help="Where heads and report go, and where a second run finds them.",
+)
+@click.option("--tokens", type=COUNT, default=24_000, show_default=True, help="Tokens to train on.")
+@where_options
+@with_session
+def demo(session: Session, *, folder: Path, tokens: int, dtype: str | None, device: str | None) -> None:
+    """Show it all on a small model.
+
+    Trains exits on SmolLM2-135M, calibrates them, generates with them, measures agreement and speed, and
+    writes a report.  The first run takes minutes; a second one uses the heads of the first.
+    """
+    from offramp.cli import showcase  # noqa: PLC0415 - see the module's docstring
+
+    showcase.demo(session, folder, tokens=tokens, dtype=dtype, device=device)
+
+
+@click.command()
+@click.argument("model")
+@click.option("--layers", type=LAYERS, required=True, help="Exits after these layers, as 18,22,26.")
+@click.option(
+    "-o",
+    "--output",
+    type=FOLDER,
+    required=True,
+    help="Folder for the heads.",
+)
+@click.option(
+    "--head", type=click.Choice(["mlp", "linear"]), default="mlp", show_default=True, help="Kind of head."
+)
+@click.option(
+    "--shortlist", type=click.IntRange(0), help="Tokens a head can emit; 0: all  [default for mlp: 8192]."
+)
+@click.option(
+    "--init",
+    type=click.Choice(["copy", "scratch"]),
+    default="copy",
+    show_default=True,
+    help="Start a linear head from the model's output rows, or from noise.",
+)
+@click.option("--tokens", type=COUNT, default=50_000, show_default=True, help="Tokens to train on.")
+@click.option("--epochs", type=COUNT, default=2, show_default=True, help="Passes over them.")
+@click.option(
+    "--entropy-weight", type=float, default=0.0, show_default=True, help="The paper's λ, in [0, 1)."
+)
+@click.option(
+    "--cache",
+    type=FOLDER,
+    help="Folder for the tokens, so that a broken-off run goes on  [default: OUTPUT-cache].",
+)
+@prompts_option
+@where_options
+@with_session
+def train(
+    session: Session,
+    *,
+    model: str,
+    layers: tuple[int, ...],
+    output: Path,
+    head: str,
+    shortlist: int | None,
+    init: str,
+    tokens: int,
+    epochs: int,
+    entropy_weight: float,
+    cache: Path | None,
+    prompts: Path | None,
+    dtype: str | None,
+    device: str | None,
+) -> None:
+    """Train exit heads for a model.
+
+    They learn from text that MODEL writes itself.
+
+    MODEL is "demo", a Hugging Face Hub id, a local folder, or a GGUF file.
+    """
+    from offramp.cli import pipeline  # noqa: PLC0415 - see the module's docstring
+
+    pipeline.train(
+        session,
+        model,
+        output,
+        layers=layers,
+        head=pipeline.head_config(head, shortlist, init),
+        tokens=tokens,
+        epochs=epochs,
+        entropy_weight=entropy_weight,
+        cache=cache or output.with_name(output.name + "-cache"),
+        prompts=prompts,
+        dtype=dtype,
+        device=device,
+    )
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--eps", type=EPS, default=0.9, show_default=True, help="Target accuracy, in (0, 1).")
+@click.option("--tokens", type=COUNT, default=10_000, show_default=True, help="Tokens to calibrate on.")
+@click.option("--model", help="The base model, if the folder's own name for it does not lead to it.")
+@prompts_option
+@where_options
+@with_session
+def calibrate(
+    session: Session,
+    *,
+    folder: Path,
+    eps: float,
+    tokens: int,
+    model: str | None,
+    prompts: Path | None,
+    dtype: str | None,
+    device: str | None,
+) -> None:
+    """Find thresholds for trained heads.
+
+    They are stored with the heads in FOLDER.
+    """
+    from offramp.cli import pipeline  # noqa: PLC0415 - see the module's docstring
+
+    ee = pipeline.open_exits(session, folder, model=model, dtype=dtype, device=device)
+    pipeline.calibrate(session, ee, folder, eps=eps, tokens=tokens, prompts=prompts)
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("prompt")
+@click.option(
+    "--mode", type=click.Choice(["exit", "off"]), default="exit", show_default=True, help="Use exits or not."
+)
+@click.option("--eps", type=EPS, help="Target accuracy, in (0, 1)  [default: the calibration's].")
+@click.option("-n", "--max-new-tokens", type=COUNT, default=64, show_default=True)
+@click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0: greedy.")
+@click.option("--model", help="The base model, if the folder's own name for it does not lead to it.")
+@where_options
+@with_session
+def generate(
+    session: Session,
+    *,
+    folder: Path,
+    prompt: str,
+    mode: str,
+    eps: float | None,
+    max_new_tokens: int,
+    temperature: float,
+    model: str | None,
+    dtype: str | None,
+    device: str | None,
+) -> None:
+    """Generate text with exits.
+
+    Continues PROMPT with the exits in FOLDER; "-" reads the prompt from stdin.
+    """
+    from offramp.cli import pipeline  # noqa: PLC0415 - see the module's docstring
+
+    if prompt == "-":
+        prompt = sys.stdin.read()
+    ee = pipeline.open_exits(session, folder, model=model, dtype=dtype, device=device)
+    pipeline.generate(
+        session, ee, prompt, mode=mode, eps=eps, max_new_tokens=max_new_tokens, temperature=temperature
+    )
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option(
+    "--eps", type=EPS_LIST, default="0.8,0.9,0.95", show_default=True, help="Target accuracies, in (0, 1)."
+)
+@click.option("--count", type=COUNT, default=24, show_default=True, help="Prompts to decode.")
+@click.option(
+    "--timed", type=click.IntRange(0), default=5, show_default=True, help="How many of them to time."
+)
+@click.option("-n", "--max-new-tokens", type=COUNT, default=48, show_default=True)
+@click.option("--model", help="The base model, if the folder's own name for it does not lead to it.")
+@prompts_option
+@where_options
+@with_session
+def evaluate(
+    session: Session,
+    *,
+    folder: Path,
+    eps: tuple[float, ...],
+    count: int,
+    timed: int,
+    max_new_tokens: int,
+    model: str | None,
+    prompts: Path | None,
+    dtype: str | None,
+    device: str | None,
+) -> None:
+    """Measure agreement, exits and speed.
+
+    Decodes held-out prompts with the heads in FOLDER, and checks every token against the full model.
+    """
+    from offramp.cli import pipeline  # noqa: PLC0415 - see the module's docstring
+
+    pipeline.check_eps_list(eps)
+    ee = pipeline.open_exits(session, folder, model=model, dtype=dtype, device=device)
+    pipeline.evaluate(
+        session, ee, eps=eps, count=count, timed=timed, max_new_tokens=max_new_tokens, prompts=prompts
+    )

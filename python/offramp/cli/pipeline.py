@@ -1,0 +1,220 @@
+"""What the subcommands on language models do; loads torch."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from offramp.cli import views
+from offramp.cli.session import Session
+from offramp.errors import InputError, StorageError
+from offramp.evaluation.decoded import decode_prompts, model_inputs, split_text
+from offramp.evaluation.speed import measure_speed
+from offramp.llm.calibrating import check_eps
+from offramp.llm.decoding import EarlyExitOutput
+from offramp.llm.heads import HeadConfig
+from offramp.llm.loading import load_model
+from offramp.llm.model import EarlyExitModel
+from offramp.llm.prompts import prompts as shipped_prompts
+
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def prepare(session: Session, dtype: str | None, device: str | None) -> None:
+    """Seed torch, set its threads, keep transformers' own bars and notes out of ours, and check the options."""
+    if dtype not in (None, "auto", *_DTYPES):
+        raise InputError(f"--dtype is {dtype}: give one of {', '.join(_DTYPES)}")
+    if device is not None:
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            raise InputError(
+                f"--device is {device}: torch has no such device here; give cpu, or cuda"
+            ) from error
+    torch.manual_seed(session.seed)
+    if session.threads is not None:
+        torch.set_num_threads(session.threads)
+    notes: Any = transformers.utils.logging
+    notes.set_verbosity_error()
+    notes.disable_progress_bar()
+
+
+def open_model(session: Session, name: str, *, dtype: str | None, device: str | None) -> tuple[Any, Any]:
+    """Load the base model and its tokenizer."""
+    prepare(session, dtype, device)
+    session.say(f"Loading {name}")
+    return load_model(name, dtype=dtype, device=device)
+
+
+def open_exits(
+    session: Session, folder: Path, *, model: str | None, dtype: str | None, device: str | None
+) -> EarlyExitModel:
+    """Load heads, and the base model they belong to."""
+    prepare(session, dtype, device)
+    session.say(f"Loading {folder}")
+    if model is None:
+        return EarlyExitModel.from_pretrained(folder, dtype=dtype, device=device)
+    base, tokenizer = load_model(model, dtype=dtype, device=device)
+    return EarlyExitModel.from_pretrained(folder, model=base, tokenizer=tokenizer)
+
+
+def head_config(kind: str, shortlist: int | None, init: str) -> HeadConfig:
+    """Read the options of a head; a shortlist of 0 is the whole vocabulary."""
+    chosen = HeadConfig.of(kind)
+    return HeadConfig(
+        chosen.kind,
+        shortlist=chosen.shortlist if shortlist is None else shortlist or None,
+        init="scratch" if init == "scratch" else "copy",
+    )
+
+
+def train(
+    session: Session,
+    name: str,
+    output: Path,
+    *,
+    layers: tuple[int, ...],
+    head: HeadConfig,
+    tokens: int,
+    epochs: int,
+    entropy_weight: float,
+    cache: Path,
+    prompts: Path | None,
+    dtype: str | None,
+    device: str | None,
+) -> None:
+    """Train heads and store them in a folder."""
+    # Said before an hour of training rather than after it; storing them checks again.
+    if output.exists() and any(output.iterdir()) and not (output / "config.json").exists():
+        raise StorageError(f"{output} holds other files: choose an empty or a new folder")
+    starts = read_prompts(prompts)
+    model, tokenizer = open_model(session, name, dtype=dtype, device=device)
+    ee = EarlyExitModel(model, tokenizer, layers=layers, head=head)
+    with session.progress() as progress:
+        history = ee.train_heads(
+            tokens=tokens,
+            prompts=starts,
+            cache=cache,
+            epochs=epochs,
+            entropy_weight=entropy_weight,
+            seed=session.seed,
+            progress=progress,
+        )
+    ee.save_pretrained(output)
+    metrics = history[-len(layers) :]
+    session.show(views.metrics_table(metrics))
+    session.show(f"Heads stored in {output}; next: offramp calibrate {output}")
+    session.result({"folder": str(output), "metrics": [asdict(item) for item in metrics]})
+
+
+def calibrate(
+    session: Session, ee: EarlyExitModel, folder: Path, *, eps: float, tokens: int, prompts: Path | None
+) -> None:
+    """Calibrate heads and store the thresholds beside them."""
+    starts = read_prompts(prompts)
+    with session.progress() as progress:
+        calibration = ee.calibrate(eps, prompts=starts, tokens=tokens, progress=progress)
+    ee.save_pretrained(folder)
+    session.show(str(calibration))
+    session.result(
+        {
+            **calibration.to_dict(),
+            "coverage": calibration.coverage,
+            "accuracy": calibration.accuracy,
+            "folder": str(folder),
+        }
+    )
+
+
+def generate(
+    session: Session,
+    ee: EarlyExitModel,
+    prompt: str,
+    *,
+    mode: str,
+    eps: float | None,
+    max_new_tokens: int,
+    temperature: float,
+) -> None:
+    """Continue a prompt, and show which exit wrote which token."""
+    inputs = model_inputs(ee, [prompt])
+    sampling: dict[str, Any] = {"do_sample": temperature > 0}
+    if temperature > 0:
+        sampling["temperature"] = temperature
+    out = ee.generate(
+        **inputs,
+        mode=mode,
+        eps=eps if mode == "exit" else None,
+        max_new_tokens=max_new_tokens,
+        return_dict_in_generate=True,
+        **sampling,
+    )
+    assert isinstance(out, EarlyExitOutput)
+    assert out.stats is not None
+    assert out.exit_layers is not None
+    tokens = out.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+    layers = out.exit_layers[0].tolist()
+    pieces = split_text(ee.tokenizer, tokens)
+    if session.out.is_terminal:
+        session.show(views.coloured_text(zip(pieces, layers, strict=True), ee.layers))
+        session.show(views.legend(ee.layers, out.stats.tokens_by_exit))
+    else:
+        session.show("".join(pieces))
+    session.result(
+        {"text": "".join(pieces), "tokens": tokens, "exit_layers": layers, "stats": out.stats.to_dict()}
+    )
+
+
+def evaluate(
+    session: Session,
+    ee: EarlyExitModel,
+    *,
+    eps: tuple[float, ...],
+    count: int,
+    timed: int,
+    max_new_tokens: int,
+    prompts: Path | None,
+) -> None:
+    """Decode held-out prompts at every ε, check every token, and time some."""
+    texts = (read_prompts(prompts) or shipped_prompts("held_out"))[:count]
+    decoded = []
+    with session.progress() as progress:
+        for number, target in enumerate(eps):
+            decoded.append(decode_prompts(ee, texts, eps=target, max_new_tokens=max_new_tokens))
+            if progress is not None:
+                progress("decoding", number + 1, len(eps))
+        speed = (
+            measure_speed(ee, texts[:timed], eps=eps, max_new_tokens=max_new_tokens, progress=progress)
+            if timed
+            else None
+        )
+    session.show(views.agreement_table(decoded))
+    if speed is not None:
+        session.show(views.speed_table(speed))
+    session.result(
+        {"decoded": [item.summary() for item in decoded], "speed": speed.to_dict() if speed else None}
+    )
+
+
+def check_eps_list(eps: tuple[float, ...]) -> None:
+    """Refuse a target outside (0, 1) before anything is loaded."""
+    for target in eps:
+        check_eps(target)
+
+
+def read_prompts(path: Path | None) -> list[str] | None:
+    """Read prompts from a text file, one a line; None for no file."""
+    if path is None:
+        return None
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: this is not a UTF-8 text file; give one prompt a line") from error
+    found = [line for line in lines if line]
+    if not found:
+        raise InputError(f"{path}: there is no prompt in it; give one prompt a line")
+    return found

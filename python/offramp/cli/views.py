@@ -1,0 +1,104 @@
+"""Results as tables and coloured text for a terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+from rich.text import Text
+
+from offramp.evaluation.palette import backgrounds
+
+if TYPE_CHECKING:
+    from offramp.evaluation.decoded import Decoded
+    from offramp.evaluation.speed import Speed
+    from offramp.llm.training import HeadMetrics
+
+_BAR = 30
+
+
+def coloured_text(pieces: Iterable[tuple[str, int]], layers: Sequence[int]) -> Text:
+    """Colour pieces of text by the exit that wrote them; what the whole model wrote stays plain."""
+    styles = _styles(layers)
+    text = Text()
+    for piece, layer in pieces:
+        text.append(piece, styles.get(layer))
+    return text
+
+
+def legend(layers: Sequence[int], counts: Mapping[int, int]) -> Text:
+    """Say which colour is which exit, and how many tokens it wrote, with bars."""
+    styles, total = _styles(layers), sum(counts.values())
+    lines = []
+    for layer, count in counts.items():
+        share = count / total if total else 0.0
+        name = f" after layer {layer} " if layer in styles else " whole model "
+        line = Text().append(f"{name:<16}", styles.get(layer))
+        line.append(f" {share:6.1%} ").append("█" * round(_BAR * share), "dim")
+        lines.append(line)
+    return Text("\n").join(lines)
+
+
+def agreement_table(decoded: Sequence[Decoded]) -> Table:
+    """Tabulate agreement with the full model against ε."""
+    table = _table(
+        f"Agreement with the full model, on about {decoded[0].tokens:,} held-out tokens",
+        "ε",
+        "all tokens",
+        "± s.e.",
+        "early tokens",
+        "left early",
+        "layers a token",
+    )
+    for item in decoded:
+        table.add_row(
+            f"{item.eps:g}",
+            percent(item.agreement),
+            percent(item.agreement_error()),
+            percent(item.early_agreement),
+            percent(item.early),
+            f"{item.mean_layers:.1f} of {item.layers[-1]}",
+        )
+    return table
+
+
+def speed_table(speed: Speed) -> Table:
+    """Tabulate tokens a second, every contender on the same prompts."""
+    prompts = len(next(iter(speed.tokens_per_second.values())))
+    table = _table(f"Speed, batch 1, medians over {prompts} prompts", "", "tokens/s", "× transformers")
+    for name in speed.tokens_per_second:
+        table.add_row(name, f"{speed.median(name):.1f}", f"{speed.ratio(name):.2f}")
+    table.caption = (
+        "exits off wrote the tokens of plain transformers, every one"
+        if speed.same_tokens
+        else "exits off and plain transformers differ in some tokens, where logits round to a tie"
+    )
+    table.caption_justify = "left"
+    return table
+
+
+def metrics_table(metrics: Sequence[HeadMetrics]) -> Table:
+    """Tabulate the training metrics of the heads."""
+    table = _table("Heads, on tokens held back from training", "after layer", "loss", "agreement", "entropy")
+    for item in metrics:
+        table.add_row(str(item.layer), f"{item.loss:.3f}", percent(item.accuracy), f"{item.entropy:.3f}")
+    return table
+
+
+def percent(value: float) -> str:
+    """Format a share; a dash for what has no value."""
+    return f"{value:.1%}" if math.isfinite(value) else "–"
+
+
+def _styles(layers: Sequence[int]) -> dict[int, str]:
+    colours = backgrounds(len(layers), dark=False)
+    return {layer: f"black on {colour}" for layer, colour in zip(layers, colours, strict=True)}
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, justify="right" if column else "left")
+    return table

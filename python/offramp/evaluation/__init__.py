@@ -1,0 +1,1 @@
+"""Measuring what exits cost and bring: agreement with the full model, speed, and the report of both."""

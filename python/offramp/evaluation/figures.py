@@ -1,0 +1,152 @@
+"""The demo's pictures, as SVG that takes text colour and fonts from the page it is put in.
+
+Needs matplotlib (``offramp[plot]``).
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from offramp.evaluation.speed import PLAIN
+
+if TYPE_CHECKING:
+    from offramp.evaluation.demo import DemoResult
+
+# Matplotlib draws in these; afterwards each becomes a colour of the page, which knows light from dark.
+_TEXT = "#010203"
+_WHOLE = "#010204"
+_PAGE_COLOURS = {_TEXT: "currentColor", _WHOLE: "var(--whole)"}
+_STYLE: Any = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 12,
+    "text.color": _TEXT,
+    "axes.edgecolor": _TEXT,
+    "axes.labelcolor": _TEXT,
+    "xtick.color": _TEXT,
+    "ytick.color": _TEXT,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.8,
+    "legend.frameon": False,
+    "grid.color": _TEXT,
+    "grid.alpha": 0.15,
+}
+
+
+def draw_all(result: DemoResult) -> dict[str, str]:
+    """Draw every picture of the report: SVG elements by name."""
+    pictures: dict[str, Callable[..., None]] = {
+        "agreement": _agreement,
+        "exits": _exits,
+        "speed": _speed,
+        "curves": _curves,
+    }
+    return {name: _svg(name, partial(draw, result=result)) for name, draw in pictures.items()}
+
+
+def _agreement(ax: Any, result: DemoResult) -> None:
+    targets = [item.eps for item in result.decoded]
+    low = min(targets) - 0.05
+    ax.plot([low, 1], [low, 1], color=_TEXT, alpha=0.4, linewidth=1, linestyle="--", label="what ε asks for")
+    errors = [2 * _finite(item.agreement_error()) for item in result.decoded]
+    early, everything = _mark(0), _mark(1)
+    ax.errorbar(
+        targets,
+        [item.agreement for item in result.decoded],
+        yerr=errors,
+        color=everything,
+        marker="o",
+        capsize=3,
+        label="all emitted tokens",
+    )
+    ax.plot(
+        targets,
+        [item.early_agreement for item in result.decoded],
+        color=early,
+        marker="s",
+        label="tokens that left early",
+    )
+    ax.set(xlabel="target accuracy ε", ylabel="agree with the full model", xticks=targets)
+    ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    ax.grid(axis="y")
+    ax.legend(loc="lower right", fontsize=10.5)
+
+
+def _exits(ax: Any, result: DemoResult) -> None:
+    colours = [*map(_mark, range(len(result.calibration.layers))), _WHOLE]
+    names = [f"ε = {item.eps:g}" for item in result.decoded]
+    left = [0.0] * len(names)
+    for layer, colour in zip(result.shown.layers, colours, strict=True):
+        shares = [item.exits[layer] / item.tokens for item in result.decoded]
+        whole = layer == result.shown.layers[-1]
+        ax.barh(
+            names, shares, left=left, color=colour, label="whole model" if whole else f"after layer {layer}"
+        )
+        left = [start + share for start, share in zip(left, shares, strict=True)]
+    ax.invert_yaxis()
+    ax.set(xlabel="emitted tokens", xlim=(0, 1))
+    ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, fontsize=10.5)
+
+
+def _speed(ax: Any, result: DemoResult) -> None:
+    names = list(result.speed.tokens_per_second)
+    values = [result.speed.median(name) for name in names]
+    colours = [_WHOLE if name == PLAIN else _mark(1) for name in names]
+    labels = [name.replace(", ", ",\n", 1) for name in names]
+    bars = ax.barh(labels, values, color=colours)
+    ax.bar_label(bars, [f"{value:.1f}" for value in values], padding=4)
+    ax.invert_yaxis()
+    ax.set(xlabel="tokens a second, batch 1, median", xlim=(0, 1.15 * max(values)))
+
+
+def _curves(ax: Any, result: DemoResult) -> None:
+    calibration = result.calibration
+    heads = zip(
+        calibration.layers, calibration.curves, calibration.coverage, calibration.accuracy, strict=True
+    )
+    for index, (layer, curve, place, accuracy) in enumerate(heads):
+        colour = _mark(index)
+        ax.step(curve.coverage, curve.accuracy, where="pre", color=colour, label=f"after layer {layer}")
+        if place:
+            ax.plot([place], [accuracy], "o", color=colour)
+    ax.axhline(calibration.eps, color=_TEXT, alpha=0.4, linewidth=1, linestyle="--")
+    ax.set(xlabel="share of tokens the head would take", ylabel="agree with the full model", xlim=(0, 1))
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_formatter(PercentFormatter(1, decimals=0))
+    ax.grid(axis="y")
+    ax.legend(loc="lower left", fontsize=10.5)
+
+
+def _finite(value: float) -> float:
+    return value if math.isfinite(value) else 0.0
+
+
+def _svg(name: str, draw: Callable[[Any], None]) -> str:
+    # The salt keeps the ids of pictures on one page apart, and the same from run to run.
+    with mpl.rc_context({**_STYLE, "svg.hashsalt": name}):
+        figure = Figure(figsize=(4.8, 3.3), layout="constrained")
+        draw(figure.add_subplot())
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = re.sub(r"<metadata>.*?</metadata>", "", buffer.getvalue(), flags=re.DOTALL)
+    for drawn, shown in _PAGE_COLOURS.items():
+        svg = svg.replace(drawn, shown)
+    svg = re.sub(r"#0103([0-9a-f]{2})", lambda found: f"var(--mark{int(found[1], 16)})", svg)
+    # The page sizes the picture, and its caption speaks for it.
+    return re.sub(r' width="[^"]*" height="[^"]*"', ' aria-hidden="true"', svg[svg.index("<svg") :], count=1)
+
+
+def _mark(index: int) -> str:
+    """Stand in for the colour of exit number `index`."""
+    return f"#0103{index:02x}"

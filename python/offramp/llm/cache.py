@@ -1,0 +1,115 @@
+"""The key-value cache of a decoder whose layers may have seen different numbers of tokens.
+
+For `trunk` to write and `decoding` to keep; knows nothing of heads or exits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, DynamicLayer
+
+_LEAST_ROOM = 64
+
+
+class GrowingLayer(DynamicLayer):
+    """One layer's keys and values in buffers that grow by half when full, so that a step copies only its own rows.
+
+    ``keys`` and ``values`` are views of shape (batch, heads, tokens, head size) on the filled part.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # transformers annotates it in part
+        self._length = 0
+        self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append rows and return all keys and values, each (batch, heads, tokens, head size)."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start, end = self._length, self._length + key_states.shape[-2]
+        keys, values = self._reserve(key_states, value_states, end)
+        keys[:, :, start:end] = key_states
+        values[:, :, start:end] = value_states
+        return self._show(end)
+
+    def get_seq_length(self) -> int:
+        """Tokens this layer has seen."""
+        return self._length
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last ``abs(tokens_to_remove)`` tokens; the count is negative, as in transformers."""
+        if tokens_to_remove > 0:
+            raise ValueError(
+                f"tokens_to_remove is {tokens_to_remove}: give a negative count of tokens to remove"
+            )
+        if tokens_to_remove and self._buffers is not None:
+            self._show(max(0, self._length + tokens_to_remove))
+
+    def reset(self) -> None:
+        """Forget everything, buffers included."""
+        self._buffers = None
+        self._length = 0
+        super().reset()
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep only these batch rows."""
+        self._map_buffers(lambda buffer: buffer[indices])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every batch row ``repeats`` times."""
+        self._map_buffers(lambda buffer: buffer.repeat_interleave(repeats, dim=0))
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Reorder the batch rows."""
+        self._map_buffers(lambda buffer: buffer.index_select(0, beam_idx.to(buffer.device)))
+
+    def _map_buffers(self, change: Any) -> None:
+        if self._buffers is not None:
+            keys, values = self._buffers
+            self._buffers = change(keys), change(values)
+            self._show(self._length)
+
+    def _reserve(
+        self, keys: torch.Tensor, values: torch.Tensor, needed: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._buffers is None or self._buffers[0].shape[-2] < needed:
+            capacity = needed + max(_LEAST_ROOM, needed // 2)
+            grown = tuple(new.new_empty(*new.shape[:-2], capacity, new.shape[-1]) for new in (keys, values))
+            if self._buffers is not None:
+                for old, new in zip(self._buffers, grown, strict=True):
+                    new[:, :, : self._length] = old[:, :, : self._length]
+            self._buffers = (grown[0], grown[1])
+        return self._buffers
+
+    def _show(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        assert self._buffers is not None
+        keys, values = (buffer[:, :, :length] for buffer in self._buffers)
+        self._length, self.keys, self.values = length, keys, values
+        return keys, values
+
+
+class GrowingCache(Cache):
+    """A transformers cache of `GrowingLayer`, one a decoder layer.
+
+    Parameters
+    ----------
+    num_layers
+        Decoder layers of the model.
+    """
+
+    def __init__(self, num_layers: int) -> None:
+        self.growing = [GrowingLayer() for _ in range(num_layers)]
+        super().__init__(layers=[*self.growing])
+
+    def length(self, layer: int) -> int:
+        """Tokens layer number ``layer`` (from 0) has seen."""
+        return self.growing[layer].get_seq_length()
+
+    def crop_to(self, first: int, last: int, length: int) -> None:
+        """Cut layers ``first`` to ``last - 1`` back to ``length`` tokens where they hold more."""
+        for layer in self.growing[first:last]:
+            layer.crop(min(0, length - layer.get_seq_length()))

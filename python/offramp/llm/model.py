@@ -1,0 +1,577 @@
+"""`EarlyExitModel`: a frozen language model with exits, from training to generation.
+
+The face of `offramp.llm`; everything it does is done by the modules below it.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import tempfile
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.generation.configuration_utils import GenerationMode
+
+from offramp.errors import InputError
+from offramp.llm.calibrating import Calibration, calibrate_scores, check_eps
+from offramp.llm.data import CorpusPlan, prepare_corpus
+from offramp.llm.decoding import EarlyExitOutput, Exit, GenerationStats, Rollout, decode
+from offramp.llm.generating import continue_prompts
+from offramp.llm.heads import ExitHeads, HeadConfig
+from offramp.llm.loading import load_model
+from offramp.llm.prompts import prompts as shipped_prompts
+from offramp.llm.scoring import Scores, agreement, score_sequences
+from offramp.llm.sequences import TokenSequence, as_sequences, check_length, encode_prompts, hash_of
+from offramp.llm.states import Progress
+from offramp.llm.storage import load_exits, save_exits
+from offramp.llm.training import HeadMetrics, Trainer, TrainingConfig, build_heads
+from offramp.llm.trunk import Trunk
+
+_BATCH = 64
+_REFUSED_ARGUMENTS = {
+    "assistant_model": "exits take its place",
+    "custom_generate": "offramp brings its own loop",
+    "past_key_values": "offramp keeps its own cache",
+    "inputs_embeds": "give input_ids",
+    "negative_prompt_ids": "guidance is not supported",
+}
+
+
+class EarlyExitModel:
+    """A frozen causal language model with exit heads after chosen layers.
+
+    Parameters
+    ----------
+    model
+        A Hugging Face causal language model, for instance from `offramp.load_model`.  It is never modified.
+    tokenizer
+        Its tokenizer; ``None`` if only token ids are used.
+    layers
+        The exits: "after layer e", 1 ≤ e < L, strictly rising.
+    head
+        The kind of the heads: ``"mlp"``, ``"linear"``, or a `HeadConfig`.
+
+    Attributes
+    ----------
+    model, tokenizer
+        As given.
+    layers : tuple of int
+        The exits.
+    heads : torch.ExitHeads or None
+        The heads by layer, in float32; ``None`` until they are trained.
+    calibration : Calibration or None
+        The latest calibration.
+    last_stats : GenerationStats or None
+        Of the latest `generate`.
+
+    Raises
+    ------
+    ModelError
+        If the model cannot be run in segments exactly.
+    InputError
+        If the exits are not within the model.
+
+    Examples
+    --------
+    >>> model, tokenizer = offramp.load_model("demo")  # doctest: +SKIP
+    >>> ee = EarlyExitModel(model, tokenizer, layers=(18, 22, 26))  # doctest: +SKIP
+    >>> metrics = ee.train_heads(tokens=20_000, cache="runs/demo")  # doctest: +SKIP
+    >>> print(ee.calibrate(eps=0.9))  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any = None,
+        *,
+        layers: Sequence[int],
+        head: str | HeadConfig = "mlp",
+    ) -> None:
+        self._trunk = Trunk(model)
+        self.layers = self._trunk.check_layers(layers)
+        self.head = HeadConfig.of(head)
+        self._trunk.prove(self.layers)
+        self.model = model
+        self.tokenizer = tokenizer
+        self.heads: ExitHeads | None = None
+        self.calibration: Calibration | None = None
+        self.last_stats: GenerationStats | None = None
+        self._trained: dict[str, Any] = {}
+        self._serving: tuple[ExitHeads, ExitHeads] | None = None
+        self._warned_dtype = False
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the model, L."""
+        return self._trunk.num_layers
+
+    def train_heads(
+        self,
+        tokens: int = 50_000,
+        *,
+        prompts: Iterable[str] | None = None,
+        sequences: Any = None,
+        cache: str | os.PathLike[str] | None = None,
+        epochs: int = 2,
+        batch_size: int = 128,
+        learning_rate: float = 1e-3,
+        entropy_weight: float = 0.0,
+        max_new_tokens: int = 96,
+        seed: int = 0,
+        progress: Progress | None = None,
+    ) -> list[HeadMetrics]:
+        """Train the heads on the model's own predictions (equation (1) of Valade 2024).
+
+        Parameters
+        ----------
+        tokens
+            Tokens to train on.
+        prompts
+            Starting prompts, which the model continues; default: the shipped training prompts.
+        sequences
+            The user's own text instead: texts, lists of token ids, or a (B, T) tensor.
+        cache
+            Folder for the corpus and the state of the training, so that an interrupted run goes on and a finished
+            one is not done again.  ``None``: a temporary folder.
+        epochs, batch_size, learning_rate, entropy_weight, seed
+            See `offramp.llm.training.TrainingConfig`; ``entropy_weight`` is the paper's λ.
+        max_new_tokens
+            Tokens each prompt is continued by.
+        progress
+            Called as ``progress(stage, done, total)``.
+
+        Returns
+        -------
+        list of HeadMetrics
+            Loss, accuracy and entropy of every head on tokens held back, epoch by epoch.
+
+        Raises
+        ------
+        InputError
+            For prompts or sequences that cannot be used, or settings out of range.
+        StorageError
+            If ``cache`` is damaged or belongs to something else.
+        """
+        config = TrainingConfig(epochs, batch_size, learning_rate, entropy_weight, seed)
+        plan = CorpusPlan(self.layers, tokens, max_new_tokens, seed)
+        own, starts = self._text(prompts, sequences, "training")
+        with tempfile.TemporaryDirectory(prefix="offramp-") as scratch:
+            folder = Path(cache if cache is not None else scratch)
+            corpus = prepare_corpus(
+                self._trunk,
+                plan,
+                folder / "corpus",
+                prompts=starts,
+                sequences=own,
+                end_tokens=self._end_tokens(),
+                progress=progress,
+            )
+            heads = build_heads(self._trunk, corpus, self.layers, self.head, seed)
+            identity = {
+                "head": self.head.to_dict(),
+                "corpus": (folder / "corpus" / "corpus.json").read_text("utf-8"),
+            }
+            trainer = Trainer(
+                self._trunk,
+                heads,
+                corpus,
+                config,
+                checkpoint=folder / "training.safetensors" if cache is not None else None,
+                identity=identity,
+            )
+            history = trainer.run(progress)
+            rows = corpus.rows
+        self.heads = heads.eval().requires_grad_(False)
+        self.calibration = None
+        self._serving = None
+        self._trained = {
+            "tokens": rows,
+            "text_hash": hash_of(starts if starts is not None else own or []),
+            **asdict(config),
+            "metrics": [asdict(item) for item in history[-len(self.layers) :]],
+        }
+        return history
+
+    def score(self, sequences: Any, *, progress: Progress | None = None) -> Scores:
+        """Confidence and correctness of every head on given sequences, by one teacher-forced pass.
+
+        Parameters
+        ----------
+        sequences
+            Texts, lists of token ids, `TokenSequence` (which says where the generated part begins), or a (B, T)
+            tensor.  Without a `TokenSequence` every token after the first counts.
+
+        Returns
+        -------
+        Scores
+            ``scores`` (K, N) float32, ``correct`` (K, N) bool, ``groups`` (N,) int64, and the choices behind them.
+        """
+        heads = self._trained_heads()
+        found = as_sequences(sequences, self.tokenizer, max_positions=self._trunk.max_positions)
+        self._check_tokens(found)
+        return score_sequences(self._trunk, heads, found, progress=progress)
+
+    def calibrate(
+        self,
+        eps: float = 0.9,
+        *,
+        mode: str = "marginal",
+        prompts: Iterable[str] | None = None,
+        sequences: Any = None,
+        tokens: int = 10_000,
+        max_new_tokens: int = 96,
+        progress: Progress | None = None,
+    ) -> Calibration:
+        """Find the lowest threshold of every head that agrees with the full model at least ``eps`` of the time.
+
+        ε speaks of this: the head's first choice equals the full model's first choice on raw logits, given the same
+        prefix, at generated positions of text like the calibration text.  Nothing is promised about other text.
+
+        Parameters
+        ----------
+        eps
+            Target accuracy, in (0, 1).
+        mode
+            ``"marginal"``: every head by itself on all tokens, as in the paper.
+        prompts
+            Prompts the full model continues greedily; default: the shipped calibration prompts.
+        sequences
+            The user's own text instead.
+        tokens
+            Stop continuing prompts once there are this many tokens.
+        max_new_tokens
+            Tokens each prompt is continued by.
+
+        Returns
+        -------
+        Calibration
+            Also kept as ``calibration``; printing it shows a table.
+        """
+        eps = check_eps(eps)
+        if mode != "marginal":
+            raise InputError(f"mode is {mode!r}: choose 'marginal', which calibrates every head by itself")
+        self._trained_heads()
+        own, starts = self._text(prompts, sequences, "calibration")
+        if own is None:
+            own = self.continue_greedily(
+                starts or [], tokens=tokens, max_new_tokens=max_new_tokens, progress=progress
+            )
+        scores = self.score(own, progress=progress)
+        self.calibration = calibrate_scores(
+            scores,
+            self.layers,
+            self.num_layers,
+            eps,
+            dtype=str(self._trunk.dtype).removeprefix("torch."),
+            text_hash=hash_of(own),
+        )
+        return self.calibration
+
+    def continue_greedily(
+        self,
+        prompts: Sequence[str] | Sequence[torch.Tensor],
+        *,
+        tokens: int | None = None,
+        max_new_tokens: int = 96,
+        progress: Progress | None = None,
+    ) -> list[TokenSequence]:
+        """Let the full model continue prompts greedily, 64 at a time, until there are ``tokens`` new tokens.
+
+        Parameters
+        ----------
+        prompts
+            Texts, or token ids (T,) of each.
+
+        Returns
+        -------
+        list of TokenSequence
+            Prompt and continuation; continuations the model ended at once are left out.
+        """
+        rows = [row for row in prompts if isinstance(row, torch.Tensor)]
+        if len(rows) != len(prompts):
+            rows = encode_prompts(prompts, self.tokenizer, max_positions=self._trunk.max_positions)  # type: ignore[arg-type]  # texts here
+        for name, value in (("max_new_tokens", max_new_tokens), ("tokens", tokens)):
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise InputError(f"{name} is {value!r}: give a whole number of at least 1")
+        wanted = len(rows) * max_new_tokens if tokens is None else tokens
+        found: list[TokenSequence] = []
+        written = 0
+        for start in range(0, len(rows), _BATCH):
+            if written >= wanted:
+                break
+            short = -(-(wanted - written) // max_new_tokens)
+            batch = continue_prompts(
+                self._trunk,
+                rows[start : start + min(_BATCH, short)] if short < _BATCH else rows[start : start + _BATCH],
+                max_new_tokens=max_new_tokens,
+                end_tokens=self._end_tokens(),
+            )
+            found += [item for item in batch.sequences if item.generated]
+            written = sum(item.generated for item in found)
+            if progress is not None:
+                progress("continuing", min(written, wanted), wanted)
+        return found
+
+    def agreement(
+        self,
+        sequences: Sequence[Any],
+        prompt_lengths: Sequence[int] | None = None,
+        *,
+        progress: Progress | None = None,
+    ) -> tuple[int, int]:
+        """Count generated tokens that are the full model's first choice given the emitted prefix.
+
+        Parameters
+        ----------
+        sequences
+            Token ids of each sequence, or `TokenSequence`.
+        prompt_lengths
+            Length of the prompt in each; not needed for `TokenSequence`.
+
+        Returns
+        -------
+        agreeing, total : int
+        """
+        if prompt_lengths is not None:
+            sequences = [
+                TokenSequence(torch.as_tensor(item), length)
+                for item, length in zip(sequences, prompt_lengths, strict=True)
+            ]
+        found = as_sequences(sequences, self.tokenizer, max_positions=self._trunk.max_positions)
+        return agreement(self._trunk, found, progress=progress)
+
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        *,
+        mode: str = "exit",
+        eps: float | None = None,
+        thresholds: Sequence[float] | None = None,
+        max_pending: int | None = None,
+        streamer: Any = None,
+        **kwargs: Any,
+    ) -> torch.Tensor | EarlyExitOutput:
+        """Generate with early exits; takes what transformers' ``generate`` takes.
+
+        Parameters
+        ----------
+        inputs : (B, P) int64
+            Prompts, left-padded; also as ``input_ids=``, with ``attention_mask=``.
+        mode
+            ``"exit"``: a head whose margin reaches its threshold emits its token.  ``"off"``: the whole model for
+            every token.
+        eps
+            Use the thresholds for this ε instead of the calibration's own.
+        thresholds
+            Use these thresholds, one a head; inf switches a head off.
+        max_pending
+            Most positions that may wait for deeper layers after a step; ``None`` for no limit.
+        streamer, **kwargs
+            As in transformers: generation_config, max_new_tokens, do_sample, temperature, logits_processor,
+            stopping_criteria, return_dict_in_generate, ...  Beam search is refused.
+
+        Returns
+        -------
+        torch.Tensor or EarlyExitOutput
+            Prompts and new tokens (B, T); with ``return_dict_in_generate=True`` an output that also has
+            ``exit_layers`` and ``stats``.  ``last_stats`` keeps the statistics in either case.
+
+        Raises
+        ------
+        InputError
+            For a mode, threshold or argument that cannot be used.
+        """
+        ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
+        self._check_inputs(ids, kwargs)
+        exits = self._exits(mode, eps, thresholds)
+        if max_pending is not None and (not isinstance(max_pending, int) or max_pending < 0):
+            raise InputError(f"max_pending is {max_pending!r}: give a whole number, or None for no limit")
+        result: list[EarlyExitOutput] = []
+
+        # The signature is transformers' own: it decides by the names what to hand over.
+        def loop(
+            _model: Any,
+            input_ids: torch.Tensor,
+            logits_processor: Any,
+            stopping_criteria: Any,
+            generation_config: Any,
+            **model_kwargs: Any,
+        ) -> Any:
+            if generation_config.get_generation_mode() not in (
+                GenerationMode.GREEDY_SEARCH,
+                GenerationMode.SAMPLE,
+            ):
+                raise InputError(
+                    "generate: only greedy search and sampling work with exits; leave out num_beams"
+                )
+            check_length(generation_config.max_length, self._trunk.max_positions, "generate")
+            input_ids = input_ids.to(self._trunk.device)
+            mask = model_kwargs.get("attention_mask")
+            rollout = Rollout(
+                self._trunk,
+                exits,
+                input_ids,
+                None if mask is None else mask.to(input_ids.device),
+                max_pending,
+            )
+            output = decode(
+                rollout,
+                input_ids,
+                logits_processor=logits_processor,
+                stopping_criteria=stopping_criteria,
+                generation_config=generation_config,
+                streamer=streamer,
+            )
+            result.append(output)
+            return output if generation_config.return_dict_in_generate else output.sequences
+
+        model: Any = self.model  # typed in part
+        generated: torch.Tensor | EarlyExitOutput = model.generate(
+            ids, streamer=streamer, custom_generate=loop, **kwargs
+        )
+        self.last_stats = result[0].stats
+        return generated
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write heads, thresholds and how they were obtained to a folder; the base model is not copied.
+
+        Raises
+        ------
+        StorageError
+            If the folder holds something else.
+        """
+        self._trained_heads()
+        assert self.heads is not None
+        save_exits(folder, self._trunk, self.heads, self.head, self.calibration, self._trained)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | os.PathLike[str],
+        model: PreTrainedModel | None = None,
+        tokenizer: Any = None,
+        **kwargs: Any,
+    ) -> EarlyExitModel:
+        """Load heads written by `save_pretrained`.
+
+        Parameters
+        ----------
+        folder
+            The folder.
+        model, tokenizer
+            The base model, if it is loaded already; else it is loaded by the name it had.
+        **kwargs
+            Passed to `offramp.load_model`: ``dtype``, ``device``.
+
+        Raises
+        ------
+        StorageError
+            If the folder is missing or damaged.
+        ModelError
+            If the model is not the one the heads were trained on.
+        """
+        saved = load_exits(folder)
+        if model is None:
+            if not saved.base_model:
+                raise InputError("model: the folder does not name its base model; load it and pass model=")
+            model, tokenizer = load_model(saved.base_model, **kwargs)
+        loaded = cls.__new__(cls)
+        cls.__init__(loaded, model, tokenizer, layers=saved.layers, head=saved.head)
+        loaded.heads = saved.heads_for(loaded._trunk).eval().requires_grad_(False)
+        loaded.calibration = saved.calibration
+        loaded._trained = saved.config.get("training", {})
+        return loaded
+
+    def _text(
+        self, prompts: Iterable[str] | None, sequences: Any, split: str
+    ) -> tuple[list[TokenSequence] | None, list[torch.Tensor] | None]:
+        """Sequences of the user's own, or encoded prompts to continue; one of the two is None."""
+        if prompts is not None and sequences is not None:
+            raise InputError("prompts and sequences are both given: give one of them")
+        if sequences is not None:
+            own = as_sequences(sequences, self.tokenizer, max_positions=self._trunk.max_positions)
+            self._check_tokens(own)
+            return own, None
+        texts = shipped_prompts(split) if prompts is None else prompts  # type: ignore[arg-type]  # a split's name
+        return None, encode_prompts(texts, self.tokenizer, max_positions=self._trunk.max_positions)
+
+    def _exits(self, mode: str, eps: float | None, thresholds: Sequence[float] | None) -> list[Exit]:
+        """List the exits that can be taken: those whose threshold a margin can reach."""
+        if mode not in ("exit", "off"):
+            raise InputError(f"mode is {mode!r}: choose 'exit' or 'off'")
+        if mode == "off":
+            return []
+        heads = self._trained_heads()
+        if thresholds is None:
+            if self.calibration is None:
+                raise InputError(
+                    "thresholds: these heads are not calibrated; call calibrate first, or give thresholds"
+                )
+            self._warn_about_dtype(self.calibration)
+            thresholds = self.calibration.thresholds if eps is None else self.calibration.at(eps)
+        elif eps is not None:
+            raise InputError("eps and thresholds are both given: give one of them")
+        values = [float(value) for value in thresholds]
+        if len(values) != len(self.layers) or any(math.isnan(value) for value in values):
+            raise InputError(
+                f"thresholds is {values}: give one number for each of the {len(self.layers)} exits"
+            )
+        pairs = zip(self.layers, values, strict=True)
+        # A margin never exceeds 1, so a higher threshold is a head switched off.
+        return [Exit(layer, heads.after(layer), value) for layer, value in pairs if value <= 1]
+
+    def _trained_heads(self) -> ExitHeads:
+        """Heads in the model's dtype."""
+        if self.heads is None:
+            raise InputError(
+                "heads: these exits are not trained; call train_heads first, or load with from_pretrained"
+            )
+        if self._trunk.dtype == torch.float32:
+            return self.heads
+        if self._serving is None or self._serving[0] is not self.heads:
+            self._serving = (self.heads, copy.deepcopy(self.heads).to(self._trunk.dtype))
+        return self._serving[1]
+
+    def _warn_about_dtype(self, calibration: Calibration) -> None:
+        dtype = str(self._trunk.dtype).removeprefix("torch.")
+        if dtype != calibration.dtype and not self._warned_dtype:
+            self._warned_dtype = True
+            warnings.warn(
+                f"the thresholds were calibrated in {calibration.dtype} and the model runs in {dtype}: "
+                "calibrate again for this dtype",
+                UserWarning,
+                stacklevel=4,
+            )
+
+    def _end_tokens(self) -> list[int]:
+        end = self.model.generation_config.eos_token_id
+        if end is None:
+            return []
+        return [int(token) for token in end] if isinstance(end, list | tuple) else [int(end)]
+
+    def _check_tokens(self, sequences: Sequence[TokenSequence]) -> None:
+        for index, item in enumerate(sequences):
+            self._check_ids(item.tokens, f"sequences[{index}]")
+
+    def _check_ids(self, ids: torch.Tensor, what: str) -> None:
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self._trunk.vocab_size:
+            raise InputError(
+                f"{what} holds token {int(ids.max())}, but the model's vocabulary has {self._trunk.vocab_size} tokens: "
+                "use the model's own tokenizer"
+            )
+
+    def _check_inputs(self, ids: Any, kwargs: dict[str, Any]) -> None:
+        for name, reason in _REFUSED_ARGUMENTS.items():
+            if kwargs.get(name) is not None:
+                raise InputError(f"{name} cannot be used with exits: {reason}")
+        if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or ids.numel() == 0 or ids.is_floating_point():
+            raise InputError("input_ids is not a (batch, tokens) tensor of token ids with at least one token")
+        self._check_ids(ids, "input_ids")
+        check_length(ids.shape[1] + 1, self._trunk.max_positions, "input_ids")

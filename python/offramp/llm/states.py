@@ -1,0 +1,90 @@
+"""Hidden states of whole sequences by one teacher-forced pass.
+
+For `data` (training on the user's own text) and `scoring`; needs `trunk` and `sequences`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from offramp.llm.sequences import TokenSequence, batches_by_length
+from offramp.llm.trunk import Trunk
+
+Progress = Callable[[str, int, int], None]
+"""Called as ``progress(stage, done, total)``; may raise to stop the work."""
+
+_TOKENS_PER_BATCH = 2048
+
+
+@dataclass(frozen=True, eq=False)
+class States:
+    """What the model holds at the positions that predict generated tokens, for a few sequences.
+
+    Attributes
+    ----------
+    exits : dict of (n, H)
+        The residual after each exit layer.
+    final : (n, H)
+        The residual after the last layer, before the final norm.
+    emitted : (n,) int64
+        The token the sequence has next.
+    groups : (n,) int64
+        Index of the sequence each row came from.
+    positions : (n,) int64
+        Index, within its sequence, of the token in ``emitted``.
+    """
+
+    exits: dict[int, torch.Tensor]
+    final: torch.Tensor
+    emitted: torch.Tensor
+    groups: torch.Tensor
+    positions: torch.Tensor
+
+
+@torch.no_grad()
+def teacher_forced(
+    trunk: Trunk,
+    sequences: Sequence[TokenSequence],
+    layers: Sequence[int],
+    *,
+    skip: int = 0,
+    progress: Progress | None = None,
+    stage: str = "reading",
+) -> Iterator[States]:
+    """Run the model once over ``sequences`` and yield `States`, a batch at a time, in order of length.
+
+    ``skip`` leaves out the first batches.
+    """
+    done = 0
+    for number, (members, tokens) in enumerate(batches_by_length(sequences, _TOKENS_PER_BATCH)):
+        done += len(members)
+        if number < skip:
+            continue
+        batch = [sequences[index] for index in members]
+        rows = torch.cat([torch.full((item.generated,), row) for row, item in enumerate(batch)])
+        places = torch.cat([torch.arange(item.prompt_length, len(item.tokens)) for item in batch])
+        picked = (rows.to(trunk.device), places.to(trunk.device) - 1)
+        exits, final = _run_layers(trunk, tokens.to(trunk.device), layers, picked)
+        yield States(exits, final, tokens[rows, places], torch.tensor(members)[rows], places)
+        if progress is not None:
+            progress(stage, done, len(sequences))
+
+
+def _run_layers(
+    trunk: Trunk, tokens: torch.Tensor, layers: Sequence[int], picked: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[dict[int, torch.Tensor], torch.Tensor]:
+    positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    cache = trunk.new_cache()
+    hidden = trunk.embed(tokens)
+    exits = {}
+    bounds = (0, *layers, trunk.num_layers)
+    for first, last in itertools.pairwise(bounds):
+        hidden = trunk.run(hidden, first, last, cache=cache, positions=positions)
+        for layer in cache.growing[first:last]:
+            layer.reset()
+        exits[last] = hidden[picked]
+    return exits, exits.pop(trunk.num_layers)

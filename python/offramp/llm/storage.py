@@ -1,0 +1,268 @@
+"""Heads and thresholds on disk: ``heads.safetensors``, ``config.json``, ``calibration.json`` and a model card.
+
+For `model`; nothing else knows the layout of the folder.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from offramp import __version__
+from offramp.errors import InputError, ModelError, StorageError
+from offramp.llm.calibrating import Calibration
+from offramp.llm.files import read_json, sha256_of, write_json, write_text
+from offramp.llm.fingerprint import Fingerprint, fingerprint
+from offramp.llm.heads import ExitHead, ExitHeads, HeadConfig, output_rows
+from offramp.llm.trunk import Trunk
+
+_FORMAT = 1
+_HEADS = "heads.safetensors"
+_CONFIG = "config.json"
+_CALIBRATION = "calibration.json"
+_CARD = "README.md"
+_FINGERPRINT = "base_model.fingerprint"
+
+
+@dataclass(frozen=True, eq=False)
+class SavedExits:
+    """What a folder holds, not yet tied to a model.
+
+    Attributes
+    ----------
+    config : dict
+        The contents of ``config.json``.
+    tensors : dict of torch.Tensor
+        Head parameters and shortlists, named ``<layer>.<parameter>``.
+    base : Fingerprint
+        Of the model the heads were trained on.
+    calibration : Calibration or None
+        Thresholds, if they were calibrated.
+    """
+
+    config: dict[str, Any]
+    tensors: dict[str, torch.Tensor]
+    base: Fingerprint
+    calibration: Calibration | None
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The exits."""
+        return tuple(self.config["layers"])
+
+    @property
+    def head(self) -> HeadConfig:
+        """The kind of the heads."""
+        return HeadConfig(**self.config["head"])
+
+    @property
+    def base_model(self) -> str | None:
+        """Name the base model was loaded by, where it is known."""
+        name: str | None = self.config["base_model"]
+        return name
+
+    def heads_for(self, trunk: Trunk) -> ExitHeads:
+        """Build the heads on a model.
+
+        Raises
+        ------
+        ModelError
+            If the model's weights are not those the heads were trained on.
+        StorageError
+            If the tensors do not fit.
+        """
+        if not self.base.matches(fingerprint(trunk.model)):
+            raise ModelError(
+                f"model: these heads were trained on {self.base_model or 'another model'}, and the weights of the "
+                "model given differ; load that model, or train heads for this one"
+            )
+        shortlist = self.tensors.get("shortlist")
+        shortlist = None if shortlist is None else shortlist.long()
+        rows = output_rows(trunk, shortlist)
+        heads = ExitHeads({layer: ExitHead(trunk, self.head, shortlist, rows) for layer in self.layers})
+        state = {
+            name: tensor for name, tensor in self.tensors.items() if name not in ("shortlist", _FINGERPRINT)
+        }
+        if shortlist is not None:
+            state |= {f"{layer}.shortlist": shortlist for layer in self.layers}
+        try:
+            heads.load_state_dict(state)
+        except RuntimeError as error:
+            raise StorageError(
+                f"{_HEADS} does not hold the heads {_CONFIG} describes: the folder is damaged"
+            ) from error
+        return heads
+
+
+def save_exits(
+    folder: str | os.PathLike[str],
+    trunk: Trunk,
+    heads: ExitHeads,
+    head: HeadConfig,
+    calibration: Calibration | None,
+    trained: dict[str, Any],
+) -> None:
+    """Write a folder of heads; the old contents are replaced only when the new ones are complete.
+
+    Parameters
+    ----------
+    trained
+        How the heads were trained, for ``config.json`` and the card: plain values.
+
+    Raises
+    ------
+    StorageError
+        If the folder exists and holds something else.
+    """
+    target = Path(folder)
+    if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not _is_ours(target))):
+        raise StorageError(f"folder {target} holds other files: choose an empty or a new folder")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        temporary.chmod(0o755)
+        _write(temporary, trunk, heads, head, calibration, trained)
+        _replace(target, temporary)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def load_exits(folder: str | os.PathLike[str]) -> SavedExits:
+    """Read a folder of heads.
+
+    Raises
+    ------
+    StorageError
+        If it is missing, damaged, or of a newer version; the sentence names the file.
+    """
+    source = Path(folder)
+    if not source.is_dir():
+        raise StorageError(f"folder {source} does not exist: give a folder written by save_pretrained")
+    config = read_json(source / _CONFIG)
+    if not isinstance(config, dict) or config.get("library_name") != "offramp":
+        raise StorageError(
+            f"{source / _CONFIG} was not written by offramp: give a folder written by save_pretrained"
+        )
+    if config.get("format", 0) > _FORMAT:
+        raise StorageError(
+            f"folder {source} was written by a newer offramp ({config.get('version')}): update offramp"
+        )
+    heads = source / _HEADS
+    if not heads.exists():
+        raise StorageError(f"{heads} is missing: the folder is damaged")
+    try:
+        with safe_open(heads, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise StorageError(f"{heads} is truncated or damaged: save the heads again") from error
+    if sha256_of(heads) != config.get("sha256"):
+        raise StorageError(
+            f"{heads} is not the file {_CONFIG} describes: the folder is damaged; save the heads again"
+        )
+    tensors = load_file(heads)
+    stored = source / _CALIBRATION
+    calibration = Calibration.from_dict(read_json(stored)) if stored.exists() else None
+    try:
+        base = Fingerprint(tensors[_FINGERPRINT], config["base_model_shapes"])
+        saved = SavedExits(config, tensors, base, calibration)
+        _ = saved.head, saved.layers, saved.base_model
+    except (KeyError, TypeError, InputError) as error:
+        raise StorageError(f"{source / _CONFIG} is damaged ({error}): save the heads again") from error
+    return saved
+
+
+def _write(
+    folder: Path,
+    trunk: Trunk,
+    heads: ExitHeads,
+    head: HeadConfig,
+    calibration: Calibration | None,
+    trained: dict[str, Any],
+) -> None:
+    base = fingerprint(trunk.model)
+    state = {name: tensor for name, tensor in heads.state_dict().items() if not name.endswith(".shortlist")}
+    tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
+    shortlist = heads.after(heads.layers[0]).shortlist
+    if shortlist is not None:
+        tensors["shortlist"] = shortlist.to("cpu", torch.int32)
+    tensors[_FINGERPRINT] = base.samples
+    save_file(tensors, folder / _HEADS, metadata={"format": "pt"})
+    config = {
+        "library_name": "offramp",
+        "format": _FORMAT,
+        "version": __version__,
+        "base_model": getattr(trunk.model.config, "_name_or_path", None) or None,
+        "base_model_type": trunk.config.model_type,
+        "base_model_shapes": base.shapes,
+        "num_layers": trunk.num_layers,
+        "hidden_size": trunk.hidden_size,
+        "vocab_size": trunk.vocab_size,
+        "layers": list(heads.layers),
+        "head": head.to_dict(),
+        "training": trained,
+        "sha256": sha256_of(folder / _HEADS),
+    }
+    if calibration is not None:
+        write_json(folder / _CALIBRATION, calibration.to_dict())
+    write_text(folder / _CARD, _card(config, calibration))
+    write_json(folder / _CONFIG, config)
+
+
+def _replace(target: Path, new: Path) -> None:
+    """Put the folder ``new`` where ``target`` is; at no moment is there half a folder."""
+    if not target.exists():
+        os.replace(new, target)
+        return
+    retired = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
+    os.replace(target, retired)
+    try:
+        os.replace(new, target)
+    except OSError:
+        os.replace(retired, target)
+        raise
+    shutil.rmtree(retired, ignore_errors=True)
+
+
+def _is_ours(folder: Path) -> bool:
+    try:
+        config = read_json(folder / _CONFIG)
+    except StorageError:
+        return False
+    return isinstance(config, dict) and config.get("library_name") == "offramp"
+
+
+def _card(config: dict[str, Any], calibration: Calibration | None) -> str:
+    base = config["base_model"] or "a local model"
+    table = f"```\n{calibration}\n```" if calibration is not None else "Not calibrated yet."
+    exits = ", ".join(str(layer) for layer in config["layers"])
+    return f"""---
+library_name: offramp
+tags:
+- early-exit
+---
+
+# Early exits for {base}
+
+Heads of kind `{config["head"]["kind"]}` after layers {exits} of {config["num_layers"]}, trained on the model's own \
+predictions.
+
+```python
+import offramp
+
+ee = offramp.EarlyExitModel.from_pretrained("this folder")
+```
+
+## Calibration
+
+{table}
+
+The thresholds speak of text like the calibration text; they promise nothing about other text.
+"""

@@ -1,0 +1,358 @@
+"""A decoder in segments: the frozen model's own layers, run a few at a time on hidden states.
+
+The one place that knows how a Hugging Face decoder is put together; everything in `offramp.llm` may import it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache
+from transformers.masking_utils import create_causal_mask
+
+from offramp.errors import InputError, ModelError
+from offramp.llm import lean
+from offramp.llm.cache import GrowingCache
+
+_REQUIRED = ("layers", "embed_tokens", "norm", "rotary_emb")
+# Largest deviation from the model's own forward, relative to the largest hidden value, that rounding explains.
+_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+class Trunk:
+    """A causal language model seen as embedding, decoder layers, final norm and output matrix.
+
+    The model is never modified: the trunk only calls its modules.
+
+    Parameters
+    ----------
+    model
+        A Hugging Face causal language model of the Llama layout: rotary positions, full attention, decoder layers
+        that take and return the hidden states.
+
+    Raises
+    ------
+    ModelError
+        If the model is laid out in another way; the sentence names what is missing.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        _refuse_other_layouts(model)
+        decoder = model.get_decoder()
+        self.model = model
+        self.config = model.config.get_text_config(decoder=True)
+        self.layers: Sequence[nn.Module] = decoder.layers
+        self.embedding: nn.Module = decoder.embed_tokens
+        self.norm: nn.Module = decoder.norm
+        self.output = cast(nn.Linear, model.get_output_embeddings())
+        self._rotary: nn.Module = decoder.rotary_emb
+        self._lean = lean.describe(self.layers, self.config)
+
+    @property
+    def num_layers(self) -> int:
+        """Number of decoder layers, L."""
+        return len(self.layers)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the hidden states, H."""
+        return int(self.config.hidden_size)
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the output matrix, V."""
+        return int(self.output.weight.shape[0])
+
+    @property
+    def max_positions(self) -> int:
+        """Longest sequence the model was built for, in tokens."""
+        return int(getattr(self.config, "max_position_embeddings", None) or torch.iinfo(torch.int64).max)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lives."""
+        return self.output.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the hidden states."""
+        return self.output.weight.dtype
+
+    def new_cache(self) -> GrowingCache:
+        """Give an empty cache for this model."""
+        return GrowingCache(self.num_layers)
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Hidden states (B, T, H) before the first layer for token ids (B, T)."""
+        hidden: torch.Tensor = self.embedding(tokens)
+        return hidden
+
+    def run(
+        self,
+        hidden: torch.Tensor,
+        first: int,
+        last: int,
+        *,
+        cache: GrowingCache,
+        positions: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Run layers ``first`` to ``last - 1`` over new rows, appending their keys and values to the cache.
+
+        Parameters
+        ----------
+        hidden : (B, q, H)
+            The input of layer ``first`` for the next q positions of its cache.
+        first, last
+            Half-open range of layers; all of them must have the same length in ``cache``.
+        positions : (B, q) int64
+            Rotary positions of the rows.
+        attention_mask : (B, at least cached + q), optional
+            1 for tokens, 0 for left padding.  ``None`` where nothing is padded.
+
+        Returns
+        -------
+        torch.Tensor
+            (B, q, H): the output of layer ``last - 1``.
+        """
+        if self._lean is not None and cache.length(first):
+            return self._run_lean(hidden, first, last, cache, positions, attention_mask)
+        return self._run_modules(hidden, first, last, cache, positions, attention_mask)
+
+    def _run_modules(
+        self,
+        hidden: torch.Tensor,
+        first: int,
+        last: int,
+        cache: GrowingCache,
+        positions: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        if attention_mask is not None:
+            attention_mask = attention_mask[:, : cache.length(first) + hidden.shape[1]]
+        # The mask is sized by this segment's own length, not by layer 0's: the segments may differ.
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=hidden,
+            attention_mask=attention_mask,
+            past_key_values=cache,
+            position_ids=positions,
+            layer_idx=first,
+        )
+        rotary = self._rotary(hidden, position_ids=positions)
+        for index in range(first, last):
+            hidden = self.layers[index](
+                hidden,
+                attention_mask=mask,
+                position_embeddings=rotary,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+            )
+        return hidden
+
+    def _run_lean(
+        self,
+        hidden: torch.Tensor,
+        first: int,
+        last: int,
+        cache: GrowingCache,
+        positions: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        assert self._lean is not None
+        queries = hidden.shape[1]
+        groups = self.config.num_attention_heads // self.config.num_key_value_heads
+        mask = lean.attention_mask(
+            cache.length(first) + queries, queries, groups, attention_mask, hidden.device
+        )
+        cosines, sines = self._rotary(hidden, position_ids=positions)
+        rotary = cosines.unsqueeze(1), sines.unsqueeze(1)
+        for index in range(first, last):
+            hidden = self._lean[index].run(hidden, rotary, mask, cache.growing[index])
+        return hidden
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Full-model logits (..., V) of the last layer's output (..., H)."""
+        logits: torch.Tensor = self.output(self.norm(hidden))
+        return logits
+
+    def check_layers(self, layers: Sequence[int]) -> tuple[int, ...]:
+        """Return exit positions as a tuple, or say what is wrong with them.
+
+        Raises
+        ------
+        InputError
+            If they are not whole numbers, rising strictly, within 1 and L - 1.
+        """
+        checked = tuple(layers)
+        if not checked or not all(
+            isinstance(layer, int) and not isinstance(layer, bool) for layer in checked
+        ):
+            raise InputError(
+                f"layers is {layers!r}: give the layers to exit after as whole numbers, such as (6, 12)"
+            )
+        for layer in checked:
+            if not 1 <= layer < self.num_layers:
+                raise InputError(
+                    f"layers contains {layer}: this model has {self.num_layers} layers, "
+                    f"so an exit can follow layers 1 to {self.num_layers - 1}"
+                )
+        if any(low >= high for low, high in pairwise(checked)):
+            raise InputError(f"layers is {checked}: list the exits from shallow to deep, each once")
+        return checked
+
+    @torch.no_grad()
+    def prove(self, layers: Sequence[int]) -> None:
+        """Check on the model in hand that segments cut at ``layers`` compute what its own forward does.
+
+        Prefill, one cached token, and several deferred tokens, on a left-padded batch: hidden states after every
+        layer, keys, values and logits are compared.
+
+        Raises
+        ------
+        ModelError
+            Naming the first layer that deviates.
+        """
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randint(0, self.vocab_size, (2, 10), generator=generator).to(self.device)
+        mask = torch.ones_like(tokens)
+        mask[0, :2] = 0
+        positions = positions_from_mask(mask)
+        own = DynamicCache(config=self.config)
+        ours = self.new_cache()
+        bounds = (0, *layers, self.num_layers)
+        embedded = self.embed(tokens)
+        filled = 0
+        for end in (6, 7, 10):
+            with _recorded_outputs(self.layers) as recorded:
+                expected = self.model(
+                    input_ids=tokens[:, filled:end],
+                    attention_mask=mask[:, :end],
+                    position_ids=positions[:, filled:end],
+                    past_key_values=own,
+                    use_cache=True,
+                )
+            hidden = embedded[:, filled:end]
+            for first, last in pairwise(bounds):
+                # Every layer by itself, so that a deviation is named by its layer.
+                for layer in range(first, last):
+                    hidden = self.run(
+                        hidden,
+                        layer,
+                        layer + 1,
+                        cache=ours,
+                        positions=positions[:, filled:end],
+                        attention_mask=mask,
+                    )
+                    self._compare(hidden, recorded[layer], mask[:, filled:end], f"layer {layer + 1}")
+            self._compare(self.logits(hidden), expected.logits, mask[:, filled:end], "the output layer")
+            filled = end
+        self._prove_deferred(tokens, mask, positions, own, bounds)
+
+    def _prove_deferred(
+        self,
+        tokens: torch.Tensor,
+        mask: torch.Tensor,
+        positions: torch.Tensor,
+        own: DynamicCache,
+        bounds: tuple[int, ...],
+    ) -> None:
+        """Compare the keys and values of segments that each take the tokens in another number of pieces."""
+        cache = self.new_cache()
+        hidden = self.embed(tokens)
+        for first, last in pairwise(bounds):
+            step = 3 if first == 0 else tokens.shape[1]
+            pieces = []
+            for start in range(0, tokens.shape[1], step):
+                rows = slice(start, start + step)
+                pieces.append(
+                    self.run(
+                        hidden[:, rows],
+                        first,
+                        last,
+                        cache=cache,
+                        positions=positions[:, rows],
+                        attention_mask=mask,
+                    )
+                )
+            hidden = torch.cat(pieces, dim=1)
+        for layer in range(self.num_layers):
+            for name in ("keys", "values"):
+                mine, reference = (
+                    # (batch, heads, tokens, head size) to (batch, tokens, all heads)
+                    getattr(held.layers[layer], name).transpose(1, 2).flatten(2)
+                    for held in (cache, own)
+                )
+                self._compare(mine, reference, mask, f"layer {layer + 1}")
+
+    def _compare(self, mine: torch.Tensor, reference: torch.Tensor, mask: torch.Tensor, where: str) -> None:
+        kept = mask.bool()
+        mine, reference = mine[kept].float(), reference[kept].float()
+        allowed = _TOLERANCE.get(self.dtype, 1e-5) * float(reference.abs().max())
+        difference = float((mine - reference).abs().max())
+        if not difference <= allowed:
+            raise ModelError(
+                f"model: {type(self.model).__name__} cannot be run in segments: {where} differs from the model's own "
+                f"forward by {difference:.3g} (allowed {allowed:.3g}), so exits on it would not be exact"
+            )
+
+
+@contextmanager
+def _recorded_outputs(layers: Sequence[nn.Module]) -> Iterator[list[torch.Tensor]]:
+    """Collect what each layer returns; nothing of it stays on the model.
+
+    (``output_hidden_states`` would do, but leaves transformers' hooks on the model for good.)
+    """
+    recorded: list[torch.Tensor] = []
+
+    def record(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        recorded.append(output[0] if isinstance(output, tuple) else output)
+
+    handles = [layer.register_forward_hook(record) for layer in layers]
+    try:
+        yield recorded
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def positions_from_mask(mask: torch.Tensor) -> torch.Tensor:
+    """Rotary positions (B, T) of an attention mask (B, T): tokens count from 0 after the left padding."""
+    return (mask.long().cumsum(dim=-1) - 1).clamp(min=0)
+
+
+def _refuse_other_layouts(model: Any) -> None:
+    name = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        raise ModelError(f"model is a {name}: give a Hugging Face causal language model")
+    if model.config.is_encoder_decoder:
+        raise ModelError(
+            f"model: {name} is an encoder-decoder; exits need a decoder-only causal language model"
+        )
+    if model.get_output_embeddings() is None:
+        raise ModelError(f"model: {name} has no output layer; load it with AutoModelForCausalLM")
+    decoder = model.get_decoder()
+    missing = [part for part in _REQUIRED if not hasattr(decoder, part)]
+    if missing:
+        raise ModelError(
+            f"model: {name} has no {' and no '.join(missing)} in its decoder; "
+            "offramp runs models laid out like Llama (Llama, SmolLM2, Qwen2 and their relatives)"
+        )
+    config = model.config.get_text_config(decoder=True)
+    for index, kind in enumerate(getattr(config, "layer_types", None) or ()):
+        if kind != "full_attention":
+            raise ModelError(
+                f"model: layer {index + 1} of {name} is of type {kind}; offramp runs full attention only"
+            )
+    if getattr(config, "layer_types", None) is None and getattr(config, "sliding_window", None):
+        raise ModelError(
+            f"model: {name} attends through a sliding window of {config.sliding_window} tokens; "
+            "offramp runs full attention only"
+        )

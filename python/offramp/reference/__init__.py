@@ -1,0 +1,17 @@
+"""The specification: the same functions as the compiled core, in plain readable numpy, with the same results.
+
+Slow on purpose.  Where a function here and its fast namesake differ, one of them has a bug.
+"""
+
+from offramp.reference.calibration import ThresholdCurve, fast_calibrate, sort_by_score, threshold_curve
+from offramp.reference.decision import Decision, decide, top2_margin
+
+__all__ = [
+    "Decision",
+    "ThresholdCurve",
+    "decide",
+    "fast_calibrate",
+    "sort_by_score",
+    "threshold_curve",
+    "top2_margin",
+]

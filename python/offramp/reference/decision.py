@@ -1,0 +1,111 @@
+"""The decision by definition: every float32 operation written out, in the order all instruction sets keep."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from offramp.decision import Decision, Margins, Tokens, read_logits, read_tau, widen
+from offramp.errors import InputError
+
+__all__ = ["Decision", "decide", "top2_margin"]
+
+_LANES = 16
+_BLOCK = 256
+
+_CUT_OFF = np.float32(32)
+_SHIFT_FROM = np.float32(64)
+_ROUNDER = np.float32(1.5 * 2**23 + 127)
+_LOG2_E = np.float32(1.44269504)
+_LN_2 = np.float32(0.6931472)
+_LN_2_HIGH = np.float32(0.69314575)
+_LN_2_LOW = _LN_2 - _LN_2_HIGH
+_C = [np.float32(c) for c in (0.4999923, 0.16667115, 0.04189033, 0.0083125)]
+_ONE = np.float32(1)
+
+
+def top2_margin(logits: Any) -> tuple[Tokens, Margins]:
+    """Find the most likely token and its top-2 softmax margin, as :func:`offramp.top2_margin` does."""
+    rows = widen(read_logits(logits))
+    if rows.ndim == 1:
+        return _row(0, rows)
+    token, margin = zip(*(_row(index, row) for index, row in enumerate(rows)), strict=True)
+    return np.array(token, dtype=np.int64), np.array(margin, dtype=np.float32)
+
+
+def decide(logits: Any, tau: ArrayLike) -> Decision:
+    """Decide for each row which token it names and whether to exit, as :func:`offramp.decide` does."""
+    token, margin = top2_margin(logits)
+    if isinstance(margin, float):
+        return Decision(token, margin, margin >= float(read_tau(tau, None)))
+    return Decision(token, margin, margin.astype(np.float64) >= read_tau(tau, len(margin)))
+
+
+def _row(index: int, row: NDArray[np.float32]) -> tuple[int, float]:
+    faulty = np.isnan(row) | (row == np.inf)
+    if faulty.any():
+        first = int(faulty.argmax())
+        raise InputError(
+            f"logits must be finite or -inf, but row {index} holds {row[first]} at index {first}: repair it"
+        )
+    token = int(row.argmax())
+    # Without its largest term the sum is not rounded to that term's grid.
+    rest = row.copy()
+    rest[token] = -np.inf
+    l1, l2 = row[token], rest.max()
+    if l1 == -np.inf:
+        raise InputError(
+            f"logits must leave a token to choose, but row {index} is -inf throughout: unmask one"
+        )
+    return token, float(np.float32(_one_minus_exp(float(l2) - float(l1)) / (1.0 + _sum_exp(rest, l1))))
+
+
+def _sum_exp(rest: NDArray[np.float32], l1: np.float32) -> float:
+    """Sum exp(l - l1): float32 in a block of 16 x 16, float64 from block to block."""
+    shift = l1 if abs(l1) >= _SHIFT_FROM else np.float32(0)
+    exponent = ((l1 - shift) * _LOG2_E + _ROUNDER) - _ROUNDER
+    padded = np.pad(rest, (0, -len(rest) % _BLOCK), constant_values=-np.inf)
+    terms = _terms(padded, l1, shift, exponent).reshape(-1, _BLOCK // _LANES, _LANES)
+    while terms.shape[1] > 1:
+        terms = terms[:, 0::2] + terms[:, 1::2]
+    # accumulate, unlike sum, promises to add from the first to the last.
+    lanes = np.add.accumulate(terms[:, 0].astype(np.float64), axis=0)[-1]
+    while len(lanes) > 1:
+        lanes = lanes[0::2] + lanes[1::2]
+    largest = 1.0 + _expm1_near_zero(float(l1 - shift) - float(exponent) * float(_LN_2))
+    return float(lanes[0]) / largest
+
+
+def _terms(
+    logits: NDArray[np.float32], l1: np.float32, shift: np.float32, exponent: np.float32
+) -> NDArray[np.float32]:
+    """exp(logit - shift) / 2^exponent, 0 where a logit lies more than the cut-off below the largest."""
+    counts = logits >= l1 - _CUT_OFF
+    x = np.where(counts, logits, l1) - shift
+    rounder = _ROUNDER - exponent
+    n = (x * _LOG2_E + rounder) - rounder
+    r = (x - n * _LN_2_HIGH) - n * _LN_2_LOW
+    r2 = r * r
+    series = (_C[0] + _C[1] * r) + (_C[2] + _C[3] * r) * r2
+    exp_r = _ONE + (r + series * r2)
+    return np.where(counts, np.ldexp(exp_r, (n - exponent).astype(np.int32)), np.float32(0))
+
+
+def _one_minus_exp(y: float) -> float:
+    """1 - exp(y) for y <= 0, exact to a few ulps also near zero."""
+    if y < -45.0:
+        return 1.0
+    n = float(np.rint(y * 1.4426950408889634))
+    reduced = (y - n * 0.6931471803691238) - n * 1.9082149292705877e-10
+    power: float = 2.0**n
+    return (1.0 - power) - power * _expm1_near_zero(reduced)
+
+
+def _expm1_near_zero(r: float) -> float:
+    """exp(r) - 1 for |r| <= 0.35, by Taylor's series to r^13."""
+    series = 1.0 / 6227020800
+    for factorial in (479001600, 39916800, 3628800, 362880, 40320, 5040, 720, 120, 24, 6, 2, 1):
+        series = series * r + 1.0 / factorial
+    return series * r

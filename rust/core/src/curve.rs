@@ -1,0 +1,103 @@
+//! The risk-coverage curve: what is accepted, and what of it is correct, at every distinct score.
+
+use crate::error::Result;
+use crate::order::{Key, Score};
+use crate::run::Run;
+use crate::samples::{Given, Pairs};
+use crate::sort::{PIECE, sort_keys};
+use crate::tally::Counts;
+use crate::validate::{require_pairs, require_valid};
+use std::ops::ControlFlow;
+
+/// One entry for every distinct score, ascending.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Curve {
+    /// The distinct scores.
+    pub thresholds: Vec<f64>,
+    /// How many samples score at least the threshold.
+    pub accepted: Vec<i64>,
+    /// How many of those are correct.
+    pub correct: Vec<i64>,
+}
+
+/// The curve of all samples.
+pub fn threshold_curve<S: Score>(scores: &[S], correct: &[u8], run: &Run) -> Result<Curve> {
+    require_pairs(scores, correct)?;
+    require_valid(scores, correct, None, run)?;
+    let mut curve = Curve::default();
+    Ascending::sorted(&Given { scores, correct }, run)?.groups(
+        Counts::default(),
+        |key, from_here_up| {
+            curve.thresholds.push(S::from_key(key).value());
+            curve.accepted.push(from_here_up.accepted as i64);
+            curve.correct.push(from_here_up.correct as i64);
+            ControlFlow::Continue(())
+        },
+    );
+    Ok(curve)
+}
+
+/// The keys of the correct and of the wrong samples, each ascending.
+///
+/// Where only counts matter, sorting bare keys twice moves less memory than sorting keys with a flag attached.
+pub(crate) struct Ascending<K> {
+    correct: Vec<K>,
+    wrong: Vec<K>,
+}
+
+impl<K: Key> Ascending<K> {
+    /// Sort the samples.
+    pub fn sorted(samples: &impl Pairs<Key = K>, run: &Run) -> Result<Self> {
+        let (mut right, mut wrong) = (Vec::new(), Vec::new());
+        for start in (0..samples.len()).step_by(PIECE) {
+            run.check()?;
+            for index in start..samples.len().min(start + PIECE) {
+                let (key, flag) = samples.get(index);
+                if flag == 0 {
+                    wrong.push(key)
+                } else {
+                    right.push(key)
+                }
+            }
+        }
+        Ok(Self {
+            correct: sort_keys(right, run)?,
+            wrong: sort_keys(wrong, run)?,
+        })
+    }
+
+    /// Visit the groups of equal keys, ascending, until told to stop: the key, and what is accepted from it up,
+    /// with `above` more above all of them.
+    pub fn groups(&self, above: Counts, mut visit: impl FnMut(K, Counts) -> ControlFlow<()>) {
+        let (mut right, mut wrong) = (&self.correct[..], &self.wrong[..]);
+        let all = Counts {
+            accepted: right.len() + wrong.len(),
+            correct: right.len(),
+        };
+        let mut left = above + all;
+        while let Some(key) = right
+            .first()
+            .into_iter()
+            .chain(wrong.first())
+            .min()
+            .copied()
+        {
+            let correct = take_equal(&mut right, key);
+            let group = Counts {
+                accepted: correct + take_equal(&mut wrong, key),
+                correct,
+            };
+            if visit(key, left).is_break() {
+                return;
+            }
+            left = left - group;
+        }
+    }
+}
+
+/// Drop the keys equal to `key` from the front, and count them.
+fn take_equal<K: Key>(keys: &mut &[K], key: K) -> usize {
+    let equal = keys.iter().take_while(|&&other| other == key).count();
+    *keys = &keys[equal..];
+    equal
+}

@@ -1,0 +1,153 @@
+//! The lowest threshold the plain way: put all samples in order and try every candidate from the lowest up.
+
+use crate::curve::Ascending;
+use crate::error::Result;
+use crate::order::{Key, Score};
+use crate::run::Run;
+use crate::samples::{Given, Lane, Pairs, Samples};
+use crate::sort::{PIECE, sort_pairs};
+use crate::tally::{Counts, Target};
+use crate::threshold::Rule;
+use std::ops::ControlFlow;
+
+/// For each target, ascending, the lowest key from which on the samples, with those above them, reach it.
+pub(crate) fn exhaust<X: Samples>(
+    samples: &X,
+    above: Counts,
+    targets: &[Target],
+    rule: Rule,
+    run: &Run,
+) -> Result<Vec<Option<X::Lane>>> {
+    samples.validate(run)?;
+    let keys = by_sorting(samples, above, targets, rule, run)?;
+    Ok(keys.into_iter().map(|key| key.map(X::Lane::of)).collect())
+}
+
+/// The same for samples known to be valid.
+pub(crate) fn by_sorting<P: Pairs>(
+    samples: &P,
+    above: Counts,
+    targets: &[Target],
+    rule: Rule,
+    run: &Run,
+) -> Result<Vec<Option<P::Key>>> {
+    let mut answers = Answers::new(targets);
+    match rule {
+        Rule::Set => {
+            Ascending::sorted(samples, run)?
+                .groups(above, |key, from_here_up| answers.offer(key, from_here_up));
+        }
+        Rule::Index => {
+            let (mut keys, mut flags) = (Vec::new(), Vec::new());
+            for start in (0..samples.len()).step_by(PIECE) {
+                run.check()?;
+                let piece = start..samples.len().min(start + PIECE);
+                keys.extend(piece.clone().map(|index| samples.get(index).0));
+                flags.extend(piece.map(|index| samples.get(index).1));
+            }
+            let (keys, flags) = sort_pairs(keys, flags, |key| key, run)?;
+            let correct = flags.iter().map(|&flag| usize::from(flag)).sum();
+            let mut left = above
+                + Counts {
+                    accepted: keys.len(),
+                    correct,
+                };
+            for (&key, &flag) in keys.iter().zip(&flags) {
+                if answers.offer(key, left).is_break() {
+                    break;
+                }
+                left = left
+                    - Counts {
+                        accepted: 1,
+                        correct: usize::from(flag),
+                    };
+            }
+        }
+    }
+    Ok(answers.found)
+}
+
+/// Few enough keys to count the samples of each: the groups without a sort.
+pub(crate) fn by_counting<S: Score>(
+    samples: &Given<S>,
+    targets: &[Target],
+    run: &Run,
+) -> Result<Vec<Option<S::Key>>> {
+    let groups = count_keys(samples, run)?;
+    let mut left = groups
+        .iter()
+        .fold(Counts::default(), |sum, &group| sum + group);
+    let mut answers = Answers::new(targets);
+    for (index, &group) in groups
+        .iter()
+        .enumerate()
+        .filter(|(_, group)| group.accepted > 0)
+    {
+        if answers.offer(S::Key::from_index(index), left).is_break() {
+            break;
+        }
+        left = left - group;
+    }
+    Ok(answers.found)
+}
+
+/// The samples of every 16-bit key.
+fn count_keys<S: Score>(samples: &Given<S>, run: &Run) -> Result<Vec<Counts>> {
+    let pieces = samples
+        .scores
+        .chunks(PIECE)
+        .zip(samples.correct.chunks(PIECE))
+        .collect();
+    // Both counts in one word, so that a sample costs one addition; 2^32 samples of one key would be too many.
+    let tables = run.fold(
+        pieces,
+        || vec![Counts::default(); 1 << S::Key::BITS],
+        |table, (scores, correct)| {
+            let mut small = vec![0u64; 1 << S::Key::BITS];
+            for (score, &flag) in scores.iter().zip(correct) {
+                small[score.key().index()] += 1 + (u64::from(flag) << 32);
+            }
+            for (counts, sum) in table.iter_mut().zip(small) {
+                let (accepted, correct) = (sum as u32 as usize, (sum >> 32) as usize);
+                *counts += Counts { accepted, correct };
+            }
+        },
+    )?;
+    let add = |mut sum: Vec<Counts>, table: Vec<Counts>| {
+        for (counts, more) in sum.iter_mut().zip(table) {
+            *counts += more;
+        }
+        sum
+    };
+    Ok(tables.into_iter().reduce(add).unwrap_or_default())
+}
+
+/// Targets that are still to be met while candidates come in ascending order.
+struct Answers<'a, K> {
+    targets: &'a [Target],
+    met: usize,
+    found: Vec<Option<K>>,
+}
+
+impl<'a, K: Key> Answers<'a, K> {
+    /// Targets ascending, the easiest first.
+    fn new(targets: &'a [Target]) -> Self {
+        Self {
+            targets,
+            met: 0,
+            found: vec![None; targets.len()],
+        }
+    }
+
+    /// From `key` up so much is accepted.  Breaks when every target is met.
+    fn offer(&mut self, key: K, counts: Counts) -> ControlFlow<()> {
+        while let Some(&target) = self.targets.get(self.met) {
+            if !counts.reach(target) {
+                return ControlFlow::Continue(());
+            }
+            self.found[self.met] = Some(key);
+            self.met += 1;
+        }
+        ControlFlow::Break(())
+    }
+}

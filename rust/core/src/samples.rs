@@ -1,0 +1,252 @@
+//! Samples as the search reads them: a block at a time, each one a signed integer in the scores' order and a weight.
+
+use crate::error::Result;
+use crate::order::{Key, Score};
+use crate::run::Run;
+use crate::scan::Compress;
+use crate::tally::Counts;
+use crate::validate::require_valid;
+use std::fmt::Debug;
+
+/// How many samples are looked at together; their keys and weights stay in the first-level cache.
+pub(crate) const BLOCK: usize = 512;
+
+/// A signed integer in the scores' order.  Signed, because that is what vector units compare.
+///
+/// No finite score has the key `MIN` or `MAX`: `MIN` can fill a block up, and `MAX` is above all.
+pub(crate) trait Lane:
+    Compress + Copy + Ord + Debug + Default + Send + Sync + 'static
+{
+    /// A key and its flag in one: `2 * (key - low) + flag` for keys less than half the range above some `low`.
+    type Packed: Copy + Default + Send + Sync + 'static;
+    /// The unsigned key of the same order.
+    type Key: Key;
+    const MIN: Self;
+    const MAX: Self;
+    const ZERO: Self;
+
+    fn next(self) -> Self;
+    /// The lowest key whose distance from this one can be packed.
+    fn reach_down(self) -> Self;
+
+    fn of(key: Self::Key) -> Self;
+    fn key(self) -> Self::Key;
+    fn add(self, other: Self) -> Self;
+    /// One sample: counts of up to [`BLOCK`] samples add up without a carry from one half into the other.
+    fn weight(flag: u8) -> Self;
+    fn counts(self) -> Counts;
+    fn pack(self, low: Self, weight: Self) -> Self::Packed;
+    fn unpack(packed: Self::Packed) -> (Self, Self);
+}
+
+macro_rules! lane {
+    ($lane:ty, $bits:ty, $half:expr) => {
+        impl Lane for $lane {
+            type Packed = $bits;
+            type Key = $bits;
+            const MIN: Self = <$lane>::MIN;
+            const MAX: Self = <$lane>::MAX;
+            const ZERO: Self = 0;
+
+            #[inline(always)]
+            fn next(self) -> Self {
+                self.wrapping_add(1)
+            }
+
+            fn reach_down(self) -> Self {
+                self.saturating_sub(<$lane>::MAX).max(<$lane>::MIN + 1)
+            }
+
+            #[inline(always)]
+            fn of(key: $bits) -> Self {
+                (key ^ (1 << (<$bits>::BITS - 1))) as $lane
+            }
+
+            #[inline(always)]
+            fn key(self) -> $bits {
+                self as $bits ^ (1 << (<$bits>::BITS - 1))
+            }
+
+            #[inline(always)]
+            fn add(self, other: Self) -> Self {
+                self.wrapping_add(other)
+            }
+
+            #[inline(always)]
+            fn weight(flag: u8) -> Self {
+                1 + (<$lane>::from(flag) << $half)
+            }
+
+            #[inline(always)]
+            fn counts(self) -> Counts {
+                let bits = self as $bits;
+                Counts {
+                    accepted: (bits & ((1 << $half) - 1)) as usize,
+                    correct: (bits >> $half) as usize,
+                }
+            }
+
+            #[inline(always)]
+            fn pack(self, low: Self, weight: Self) -> $bits {
+                (self.wrapping_sub(low) as $bits) << 1 | (weight as $bits) >> $half
+            }
+
+            #[inline(always)]
+            fn unpack(packed: $bits) -> (Self, Self) {
+                ((packed >> 1) as $lane, 1 + ((packed & 1) << $half) as $lane)
+            }
+        }
+    };
+}
+
+lane!(i32, u32, 16);
+lane!(i64, u64, 32);
+
+/// Keys and weights of consecutive samples, filled up with weightless ones.
+pub(crate) struct Block<L> {
+    pub keys: [L; BLOCK],
+    pub weights: [L; BLOCK],
+}
+
+/// What is known of the samples in a block at once.
+pub(crate) struct Loaded<L> {
+    /// Their summed weights.
+    pub weight: L,
+    /// Their lowest key.
+    pub lowest: L,
+    /// Whether all of them are valid.
+    pub valid: bool,
+}
+
+impl<L: Lane> Block<L> {
+    pub fn new() -> Self {
+        Self {
+            keys: [L::MIN; BLOCK],
+            weights: [L::ZERO; BLOCK],
+        }
+    }
+}
+
+/// Keys with their flags.
+pub(crate) trait Pairs: Sync {
+    type Key: Key;
+
+    fn len(&self) -> usize;
+    fn get(&self, index: usize) -> (Self::Key, u8);
+}
+
+/// Pairs that can be searched.
+pub(crate) trait Samples: Pairs<Key = <Self::Lane as Lane>::Key> {
+    type Lane: Lane;
+
+    /// Fill the block with the samples from `start` on.
+    fn load(&self, start: usize, block: &mut Block<Self::Lane>) -> Loaded<Self::Lane>;
+    /// The error that describes what [`load`](Self::load) found.
+    fn validate(&self, run: &Run) -> Result<()>;
+}
+
+/// Samples as the caller gave them.
+pub struct Given<'a, S> {
+    pub scores: &'a [S],
+    pub correct: &'a [u8],
+}
+
+impl<S: Score> Pairs for Given<'_, S> {
+    type Key = S::Key;
+
+    #[inline(always)]
+    fn len(&self) -> usize {
+        self.scores.len()
+    }
+
+    #[inline(always)]
+    fn get(&self, index: usize) -> (S::Key, u8) {
+        (self.scores[index].key(), self.correct[index])
+    }
+}
+
+macro_rules! given {
+    ($score:ty, $lane:ty) => {
+        impl Samples for Given<'_, $score> {
+            type Lane = $lane;
+
+            #[inline(always)]
+            fn load(&self, start: usize, block: &mut Block<$lane>) -> Loaded<$lane> {
+                let count = BLOCK.min(self.len() - start);
+                let scores = &self.scores[start..start + count];
+                let correct = &self.correct[start..start + count];
+                let (mut infinite, mut lowest) = (0, <$lane>::MAX);
+                for (key, score) in block.keys.iter_mut().zip(scores) {
+                    *key = <$lane>::of(score.key());
+                    lowest = lowest.min(*key);
+                    infinite |= <$lane>::from(!Score::is_finite(*score));
+                }
+                let (mut flags, mut sum) = (0, 0);
+                for (weight, &flag) in block.weights.iter_mut().zip(correct) {
+                    *weight = <$lane>::weight(flag);
+                    sum = <$lane>::add(sum, *weight);
+                    flags |= flag;
+                }
+                block.keys[count..].fill(<$lane>::MIN);
+                block.weights[count..].fill(0);
+                Loaded {
+                    weight: sum,
+                    lowest,
+                    valid: infinite == 0 && flags <= 1,
+                }
+            }
+
+            fn validate(&self, run: &Run) -> Result<()> {
+                require_valid(self.scores, self.correct, None, run)
+            }
+        }
+    };
+}
+
+given!(f32, i32);
+given!(f64, i64);
+
+/// Samples gathered from a range of keys, which count from the range's low end.
+pub(crate) struct Gathered<L: Lane>(pub Vec<L::Packed>);
+
+impl<L: Lane> Pairs for Gathered<L> {
+    type Key = L::Key;
+
+    #[inline(always)]
+    fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    #[inline(always)]
+    fn get(&self, index: usize) -> (L::Key, u8) {
+        let (key, weight) = L::unpack(self.0[index]);
+        (key.key(), weight.counts().correct as u8)
+    }
+}
+
+impl<L: Lane> Samples for Gathered<L> {
+    type Lane = L;
+
+    #[inline(always)]
+    fn load(&self, start: usize, block: &mut Block<L>) -> Loaded<L> {
+        let count = BLOCK.min(self.len() - start);
+        let places = block.keys.iter_mut().zip(&mut block.weights);
+        let (mut sum, mut lowest) = (L::ZERO, L::MAX);
+        for ((key, weight), &packed) in places.zip(&self.0[start..start + count]) {
+            (*key, *weight) = L::unpack(packed);
+            sum = sum.add(*weight);
+            lowest = lowest.min(*key);
+        }
+        block.keys[count..].fill(L::MIN);
+        block.weights[count..].fill(L::ZERO);
+        Loaded {
+            weight: sum,
+            lowest,
+            valid: true,
+        }
+    }
+
+    fn validate(&self, _: &Run) -> Result<()> {
+        Ok(())
+    }
+}

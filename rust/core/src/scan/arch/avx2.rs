@@ -1,0 +1,158 @@
+//! AVX2: the compiler vectorises the counting by itself; moving a few lanes together it does not.
+
+use super::{Plan, Survey, scan};
+use crate::samples::{BLOCK, Block, Lane, Samples};
+use std::arch::x86_64::*;
+use std::ops::Range;
+use std::sync::atomic::AtomicUsize;
+
+/// A proof that the processor has AVX2, BMI1, BMI2, LZCNT and POPCNT.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Avx2(());
+
+impl Avx2 {
+    pub(super) fn detect() -> Option<Self> {
+        let all = is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("bmi1")
+            && is_x86_feature_detected!("bmi2")
+            && is_x86_feature_detected!("lzcnt")
+            && is_x86_feature_detected!("popcnt");
+        all.then_some(Self(()))
+    }
+
+    pub(super) fn scan<X: Samples>(
+        self,
+        samples: &X,
+        part: Range<usize>,
+        plan: &Plan<X::Lane>,
+        gathered: &AtomicUsize,
+    ) -> Survey<X::Lane> {
+        // SAFETY: `self` exists, so the processor has the features.
+        unsafe { scan_with_avx2(samples, part, plan, gathered) }
+    }
+}
+
+#[target_feature(enable = "avx2,bmi1,bmi2,lzcnt,popcnt")]
+fn scan_with_avx2<X: Samples>(
+    samples: &X,
+    part: Range<usize>,
+    plan: &Plan<X::Lane>,
+    gathered: &AtomicUsize,
+) -> Survey<X::Lane> {
+    scan(samples, part, plan, gathered, |block, range, list| {
+        // SAFETY: this function runs only where its features are.
+        unsafe { X::Lane::compress(block, range, list) }
+    })
+}
+
+/// Gathering with vector instructions.
+pub(crate) trait Compress: Sized {
+    /// Append the block's samples in the range, packed.
+    ///
+    /// # Safety
+    /// The processor must have AVX2 and POPCNT.
+    unsafe fn compress(
+        block: &Block<Self>,
+        range: &Range<Self>,
+        list: &mut Vec<<Self as Lane>::Packed>,
+    ) where
+        Self: Lane;
+}
+
+/// For each mask of eight lanes, the lanes that are set, moved to the front.
+static FRONT_OF_8: [[u32; 8]; 256] = {
+    let mut table = [[0; 8]; 256];
+    let mut mask = 0;
+    while mask < 256 {
+        let (mut lane, mut front) = (0, 0);
+        while lane < 8 {
+            if mask >> lane & 1 == 1 {
+                table[mask][front] = lane as u32;
+                front += 1;
+            }
+            lane += 1;
+        }
+        mask += 1;
+    }
+    table
+};
+
+/// The same for four lanes of 64 bits, as pairs of 32-bit lanes.
+static FRONT_OF_4: [[u32; 8]; 16] = {
+    let mut table = [[0; 8]; 16];
+    let mut mask = 0;
+    while mask < 16 {
+        let (mut lane, mut front) = (0, 0);
+        while lane < 4 {
+            if mask >> lane & 1 == 1 {
+                table[mask][front] = 2 * lane as u32;
+                table[mask][front + 1] = 2 * lane as u32 + 1;
+                front += 2;
+            }
+            lane += 1;
+        }
+        mask += 1;
+    }
+    table
+};
+
+impl Compress for i32 {
+    #[inline(always)]
+    unsafe fn compress(block: &Block<i32>, range: &Range<i32>, list: &mut Vec<u32>) {
+        list.reserve(BLOCK);
+        let mut len = list.len();
+        // SAFETY: the caller vouches for the features.  Loads stay within the block, whose length is a multiple of
+        // eight.  Each of the BLOCK / 8 stores writes eight lanes from `len`, which has grown by at most eight for
+        // every earlier one, so the last one ends within the reserved BLOCK; lanes below `len` have been written.
+        unsafe {
+            let (low, high) = (_mm256_set1_epi32(range.start), _mm256_set1_epi32(range.end));
+            for at in (0..BLOCK).step_by(8) {
+                let keys = _mm256_loadu_si256(block.keys.as_ptr().add(at).cast());
+                let weights = _mm256_loadu_si256(block.weights.as_ptr().add(at).cast());
+                let inside = _mm256_andnot_si256(
+                    _mm256_cmpgt_epi32(low, keys),
+                    _mm256_cmpgt_epi32(high, keys),
+                );
+                let mask = _mm256_movemask_ps(_mm256_castsi256_ps(inside)) as usize;
+                let offset = _mm256_slli_epi32(_mm256_sub_epi32(keys, low), 1);
+                let packed = _mm256_or_si256(offset, _mm256_srli_epi32(weights, 16));
+                let front = _mm256_loadu_si256(FRONT_OF_8[mask].as_ptr().cast());
+                let moved = _mm256_permutevar8x32_epi32(packed, front);
+                _mm256_storeu_si256(list.as_mut_ptr().add(len).cast(), moved);
+                len += mask.count_ones() as usize;
+            }
+            list.set_len(len);
+        }
+    }
+}
+
+impl Compress for i64 {
+    #[inline(always)]
+    unsafe fn compress(block: &Block<i64>, range: &Range<i64>, list: &mut Vec<u64>) {
+        list.reserve(BLOCK);
+        let mut len = list.len();
+        // SAFETY: as for i32, with four lanes for eight.
+        unsafe {
+            let (low, high) = (
+                _mm256_set1_epi64x(range.start),
+                _mm256_set1_epi64x(range.end),
+            );
+            for at in (0..BLOCK).step_by(4) {
+                let keys = _mm256_loadu_si256(block.keys.as_ptr().add(at).cast());
+                let weights = _mm256_loadu_si256(block.weights.as_ptr().add(at).cast());
+                let inside = _mm256_andnot_si256(
+                    _mm256_cmpgt_epi64(low, keys),
+                    _mm256_cmpgt_epi64(high, keys),
+                );
+                let mask = _mm256_movemask_pd(_mm256_castsi256_pd(inside)) as usize;
+                let offset = _mm256_slli_epi64(_mm256_sub_epi64(keys, low), 1);
+                let packed = _mm256_or_si256(offset, _mm256_srli_epi64(weights, 32));
+                let front = _mm256_loadu_si256(FRONT_OF_4[mask].as_ptr().cast());
+                let moved = _mm256_permutevar8x32_epi32(packed, front);
+                _mm256_storeu_si256(list.as_mut_ptr().add(len).cast(), moved);
+                len += mask.count_ones() as usize;
+            }
+            list.set_len(len);
+        }
+    }
+}

@@ -1,0 +1,150 @@
+//! The lowest threshold that reaches a target accuracy.
+//!
+//! `tau = min { v : c(v) / n(v) >= eps }`, where `n(v)` samples score at least `v` and `c(v)` of them are correct.
+//! Suffix accuracy is not monotone in the threshold, so nothing here bisects over it.
+
+use crate::error::{Error, Result};
+use crate::exhaust::{by_counting, by_sorting, exhaust};
+use crate::order::Score;
+use crate::run::{Method, Run};
+use crate::samples::{Given, Lane};
+use crate::search::search;
+use crate::tally::{Counts, Target};
+use crate::validate::{require_pairs, require_targets, require_valid};
+use half::{bf16, f16};
+
+/// Samples of a row from which on all threads share it; shorter rows are shared out.
+const WORTH_ALL_THREADS: usize = 1 << 20;
+/// Samples from which on a table of all 16-bit keys pays.
+const WORTH_A_TABLE: usize = 1 << 13;
+
+/// Which scores may become the threshold.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Rule {
+    /// The start of each group of equal scores: the deployed rule `score >= tau` meets the target on the data.
+    Set,
+    /// Every sample in stable ascending order: the formula of the paper to the letter, which may stop inside a
+    /// group of equal scores.
+    Index,
+}
+
+/// The threshold for every target, in the targets' order; +inf where none qualifies.
+pub fn fast_calibrate<S: Calibratable>(
+    scores: &[S],
+    correct: &[u8],
+    eps: &[f64],
+    rule: Rule,
+    run: &Run,
+) -> Result<Vec<f64>> {
+    require_pairs(scores, correct)?;
+    require_targets(eps)?;
+    calibrate_head(scores, correct, eps, rule, run)
+}
+
+/// The same for several heads at once: `heads` rows of scores and flags give `heads` rows of thresholds.
+pub fn fast_calibrate_heads<S: Calibratable>(
+    scores: &[S],
+    correct: &[u8],
+    heads: usize,
+    eps: &[f64],
+    rule: Rule,
+    run: &Run,
+) -> Result<Vec<f64>> {
+    require_pairs(scores, correct)?;
+    require_targets(eps)?;
+    if !scores.len().is_multiple_of(heads) {
+        return Err(Error::UnevenHeads {
+            scores: scores.len(),
+            heads,
+        });
+    }
+    let samples = scores.len() / heads;
+    let rows = scores
+        .chunks_exact(samples)
+        .zip(correct.chunks_exact(samples));
+    let found = if samples < WORTH_ALL_THREADS {
+        // Short rows side by side; long ones each on all threads.
+        let (method, isa) = (run.method(), run.instruction_set());
+        let alone = |(scores, correct)| {
+            let run = Run::on(1).with_method(method).with_instruction_set(isa);
+            calibrate_head(scores, correct, eps, rule, &run)
+        };
+        run.map(rows.collect(), alone)?
+            .into_iter()
+            .collect::<Result<Vec<_>>>()
+    } else {
+        rows.map(|(scores, correct)| calibrate_head(scores, correct, eps, rule, run))
+            .collect()
+    };
+    match found {
+        Ok(thresholds) => Ok(thresholds.concat()),
+        Err(Error::Interrupted) => Err(Error::Interrupted),
+        // What is wrong with a row is told by its place among all, scores before flags.
+        Err(error) => require_valid(scores, correct, Some(samples), run).and(Err(error)),
+    }
+}
+
+fn calibrate_head<S: Calibratable>(
+    scores: &[S],
+    correct: &[u8],
+    eps: &[f64],
+    rule: Rule,
+    run: &Run,
+) -> Result<Vec<f64>> {
+    let mut targets: Vec<Target> = eps.iter().copied().map(Target::new).collect();
+    targets.sort_unstable();
+    targets.dedup();
+    let keys = S::lowest(Given { scores, correct }, &targets, rule, run)?;
+    let threshold = |&eps: &f64| {
+        let key = targets
+            .binary_search(&Target::new(eps))
+            .ok()
+            .and_then(|place| keys[place]);
+        key.map_or(f64::INFINITY, |key| S::from_key(key).value())
+    };
+    Ok(eps.iter().map(threshold).collect())
+}
+
+/// A score type thresholds can be found for.
+pub trait Calibratable: Score {
+    /// The lowest key that reaches each target, ascending.
+    #[doc(hidden)]
+    fn lowest(samples: Given<Self>, targets: &[Target], rule: Rule, run: &Run) -> Keys<Self>;
+}
+
+type Keys<S> = Result<Vec<Option<<S as Score>::Key>>>;
+
+macro_rules! count_or_sort {
+    ($($score:ty),*) => {$(
+        impl Calibratable for $score {
+            fn lowest(samples: Given<Self>, targets: &[Target], rule: Rule, run: &Run) -> Keys<Self> {
+                require_valid(samples.scores, samples.correct, None, run)?;
+                match (rule, run.method()) {
+                    (Rule::Set, Method::Fastest) if samples.scores.len() >= WORTH_A_TABLE => {
+                        by_counting(&samples, targets, run)
+                    }
+                    _ => by_sorting(&samples, Counts::default(), targets, rule, run),
+                }
+            }
+        }
+    )*};
+}
+
+count_or_sort!(f16, bf16);
+
+macro_rules! search_or_sort {
+    ($($score:ty),*) => {$(
+        impl Calibratable for $score {
+            fn lowest(samples: Given<Self>, targets: &[Target], rule: Rule, run: &Run) -> Keys<Self> {
+                let find = match run.method() {
+                    Method::Fastest => search,
+                    Method::Sort => exhaust,
+                };
+                let keys = find(&samples, Counts::default(), targets, rule, run)?;
+                Ok(keys.into_iter().map(|key| key.map(Lane::key)).collect())
+            }
+        }
+    )*};
+}
+
+search_or_sort!(f32, f64);

@@ -1,0 +1,203 @@
+//! Calibration: scores and flags in, thresholds out.
+
+use crate::error::refused;
+use half::slice::HalfBitsSliceExt;
+use half::vec::HalfFloatVecExt;
+use half::{bf16, f16};
+use numpy::{IntoPyArray, PyArray1, PyReadonlyArray1};
+use offramp_core::{Error, InstructionSet, Method, Rule, Run};
+use pyo3::exceptions::{PyTypeError, PyValueError};
+use pyo3::prelude::*;
+use std::cell::{Cell, RefCell};
+use std::time::{Duration, Instant};
+
+/// Time between two looks at Python's signals: Ctrl-C is answered at once to a human, and small inputs never pay.
+const BETWEEN_SIGNALS: Duration = Duration::from_millis(20);
+
+/// Evaluate an expression with the scores as a slice of their type.
+macro_rules! with_scores {
+    ($scores:expr, $dtype:expr, |$slice:ident| $body:expr) => {
+        match $dtype {
+            "float16" => {
+                let array = $scores.extract::<PyReadonlyArray1<u16>>()?;
+                let $slice = array.as_slice()?.reinterpret_cast::<f16>();
+                $body
+            }
+            "bfloat16" => {
+                let array = $scores.extract::<PyReadonlyArray1<u16>>()?;
+                let $slice = array.as_slice()?.reinterpret_cast::<bf16>();
+                $body
+            }
+            "float32" => {
+                let array = $scores.extract::<PyReadonlyArray1<f32>>()?;
+                let $slice = array.as_slice()?;
+                $body
+            }
+            "float64" => {
+                let array = $scores.extract::<PyReadonlyArray1<f64>>()?;
+                let $slice = array.as_slice()?;
+                $body
+            }
+            other => Err(PyTypeError::new_err(format!(
+                "dtype must be float16, bfloat16, float32 or float64, not {other}"
+            ))),
+        }
+    };
+}
+
+/// Thresholds of one head, or of `heads` rows laid end to end, for every target: row-major float64.
+#[pyfunction]
+#[pyo3(signature = (scores, dtype, correct, heads, eps, by_index, threads, method="", isa=""))]
+#[expect(
+    clippy::too_many_arguments,
+    reason = "a flat call costs the least to make from Python"
+)]
+pub fn fast_calibrate<'py>(
+    py: Python<'py>,
+    scores: &Bound<'py, PyAny>,
+    dtype: &str,
+    correct: PyReadonlyArray1<'py, u8>,
+    heads: Option<usize>,
+    eps: PyReadonlyArray1<'py, f64>,
+    by_index: bool,
+    threads: usize,
+    method: &str,
+    isa: &str,
+) -> PyResult<Bound<'py, PyArray1<f64>>> {
+    let (correct, eps) = (correct.as_slice()?, eps.as_slice()?);
+    let rule = if by_index { Rule::Index } else { Rule::Set };
+    let (method, isa) = (method_named(method)?, instruction_set_named(isa)?);
+    with_scores!(scores, dtype, |scores| {
+        let thresholds = detached(py, threads, |run| {
+            let run = run.with_method(method).with_instruction_set(isa);
+            match heads {
+                None => offramp_core::fast_calibrate(scores, correct, eps, rule, &run),
+                Some(heads) => {
+                    offramp_core::fast_calibrate_heads(scores, correct, heads, eps, rule, &run)
+                }
+            }
+        })?;
+        Ok(thresholds.into_pyarray(py))
+    })
+}
+
+/// Scores and flags in stable ascending order; 16-bit scores as their bits.
+#[pyfunction]
+pub fn sort_by_score<'py>(
+    py: Python<'py>,
+    scores: &Bound<'py, PyAny>,
+    dtype: &str,
+    correct: PyReadonlyArray1<'py, u8>,
+    threads: usize,
+) -> PyResult<(Bound<'py, PyAny>, Bound<'py, PyArray1<u8>>)> {
+    let correct = correct.as_slice()?;
+    with_scores!(scores, dtype, |scores| {
+        let (scores, correct) = detached(py, threads, |run| {
+            offramp_core::sort_by_score(scores, correct, &run)
+        })?;
+        Ok((Output::array(scores, py), correct.into_pyarray(py)))
+    })
+}
+
+/// Distinct scores ascending, and the samples accepted and correct at each.
+#[pyfunction]
+#[expect(clippy::type_complexity, reason = "three arrays, which Python unpacks")]
+pub fn threshold_curve<'py>(
+    py: Python<'py>,
+    scores: &Bound<'py, PyAny>,
+    dtype: &str,
+    correct: PyReadonlyArray1<'py, u8>,
+    threads: usize,
+) -> PyResult<(
+    Bound<'py, PyArray1<f64>>,
+    Bound<'py, PyArray1<i64>>,
+    Bound<'py, PyArray1<i64>>,
+)> {
+    let correct = correct.as_slice()?;
+    with_scores!(scores, dtype, |scores| {
+        let curve = detached(py, threads, |run| {
+            offramp_core::threshold_curve(scores, correct, &run)
+        })?;
+        Ok((
+            curve.thresholds.into_pyarray(py),
+            curve.accepted.into_pyarray(py),
+            curve.correct.into_pyarray(py),
+        ))
+    })
+}
+
+/// A method by its name; any where none is named.
+fn method_named(name: &str) -> PyResult<Method> {
+    match name {
+        "" | "fastest" => Ok(Method::Fastest),
+        "sort" => Ok(Method::Sort),
+        other => Err(PyValueError::new_err(format!(
+            "method must be fastest or sort, not {other}"
+        ))),
+    }
+}
+
+/// Instructions by their name; the fastest where none is named.
+fn instruction_set_named(name: &str) -> PyResult<InstructionSet> {
+    let available = InstructionSet::available();
+    let found = available
+        .iter()
+        .rfind(|isa| name.is_empty() || isa.name() == name);
+    found.copied().ok_or_else(|| {
+        let names: Vec<_> = available.iter().map(|isa| isa.name()).collect();
+        PyValueError::new_err(format!(
+            "isa must be one of {}, not {name}",
+            names.join(", ")
+        ))
+    })
+}
+
+/// Run the core with the GIL released, looking for Ctrl-C from time to time.
+fn detached<T: Send>(
+    py: Python<'_>,
+    threads: usize,
+    work: impl FnOnce(Run<'_>) -> Result<T, Error> + Send,
+) -> PyResult<T> {
+    py.detach(|| {
+        let asked = Cell::new(Instant::now());
+        let raised = RefCell::new(None);
+        let interrupted = || {
+            if asked.get().elapsed() < BETWEEN_SIGNALS {
+                return false;
+            }
+            asked.set(Instant::now());
+            let signal = Python::attach(|py| py.check_signals()).err();
+            let stop = signal.is_some();
+            raised.replace(signal);
+            stop
+        };
+        let result = work(Run::interruptible(threads, &interrupted));
+        match raised.take() {
+            Some(signal) => Err(signal),
+            None => result.map_err(refused),
+        }
+    })
+}
+
+/// Scores that numpy can hold: 16-bit ones as their bits.
+trait Output: Sized {
+    fn array(scores: Vec<Self>, py: Python<'_>) -> Bound<'_, PyAny>;
+}
+
+macro_rules! output {
+    ($($float:ty => $array:expr),*) => {$(
+        impl Output for $float {
+            fn array(scores: Vec<Self>, py: Python<'_>) -> Bound<'_, PyAny> {
+                let array: fn(Vec<$float>, Python<'_>) -> Bound<'_, PyAny> = $array;
+                array(scores, py)
+            }
+        }
+    )*};
+}
+
+output!(
+    f16 => |scores, py| scores.reinterpret_into().into_pyarray(py).into_any(),
+    bf16 => |scores, py| scores.reinterpret_into().into_pyarray(py).into_any(),
+    f32 => |scores, py| scores.into_pyarray(py).into_any(),
+    f64 => |scores, py| scores.into_pyarray(py).into_any()
+);

@@ -1,0 +1,24 @@
+//! `offramp._core`: check arguments, release the GIL, call the core, map the error.  Nothing else.
+
+mod calibration;
+mod decision;
+mod error;
+
+use pyo3::prelude::*;
+
+#[pymodule]
+mod _core {
+    use super::*;
+
+    #[pymodule_export]
+    use super::calibration::{fast_calibrate, sort_by_score, threshold_curve};
+    #[pymodule_export]
+    use super::decision::{
+        instruction_set_name, instruction_sets, top2_margin_row, top2_margin_rows,
+    };
+
+    #[pymodule_init]
+    fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        module.add("__version__", env!("CARGO_PKG_VERSION"))
+    }
+}

