@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from offramp import EarlyExitModel, InputError, ModelError
+from offramp.llm import lean
 from offramp.llm.trunk import Trunk, positions_from_mask
 from tiny import make_model
 from transformers import (
@@ -83,6 +84,56 @@ def test_a_layer_that_computes_something_else_is_named(layer):
     attention.forward = forgetful
     with pytest.raises(ModelError, match=f"layer {layer + 1} differs"):
         EarlyExitModel(model, layers=(2, 4))
+
+
+def test_the_lean_path_and_the_modules_compute_the_same(model):
+    trunk = Trunk(model)
+    assert trunk.is_lean
+    tokens = torch.randint(0, 89, (2, 12), generator=torch.Generator().manual_seed(4))
+    mask = torch.ones_like(tokens)
+    mask[1, :3] = 0
+    positions = positions_from_mask(mask)
+    outputs = {}
+    for short in (True, False):
+        trunk = Trunk(model)
+        trunk._lean = trunk._lean if short else None
+        cache = trunk.new_cache()
+        outputs[short] = torch.cat(
+            [
+                trunk.run(
+                    trunk.embed(tokens[:, rows]),
+                    0,
+                    6,
+                    cache=cache,
+                    positions=positions[:, rows],
+                    attention_mask=mask,
+                )
+                for rows in (slice(0, 5), slice(5, 6), slice(6, 12))
+            ],
+            dim=1,
+        )[mask.bool()]
+    torch.testing.assert_close(outputs[True], outputs[False], rtol=1e-5, atol=1e-5)
+
+
+def test_a_lean_path_that_deviates_is_given_up(monkeypatch):
+    rotate = lean._rotate
+    monkeypatch.setattr(lean, "_rotate", lambda states, cosines, sines: 1.01 * rotate(states, cosines, sines))
+    trunk = Trunk(make_model())
+    assert trunk.is_lean
+    trunk.prove((2, 4))
+    assert not trunk.is_lean
+
+
+@pytest.mark.parametrize("change", ["patched", "hooked", "activation"])
+def test_unusual_layers_are_not_taken_apart(change):
+    model = make_model(**({"hidden_act": "gelu"} if change == "activation" else {}))
+    if change == "patched":
+        model.model.layers[1].mlp.forward = model.model.layers[1].mlp.forward
+    elif change == "hooked":
+        model.model.layers[1].self_attn.q_proj.register_forward_hook(lambda *_: None)
+    trunk = Trunk(model)
+    assert not trunk.is_lean
+    trunk.prove((2, 4))
 
 
 def test_proving_leaves_no_trace_on_the_model(model):

@@ -208,18 +208,33 @@ class Trunk:
             raise InputError(f"layers is {checked}: list the exits from shallow to deep, each once")
         return checked
 
-    @torch.no_grad()
+    @property
+    def is_lean(self) -> bool:
+        """Whether decoding takes the short path of `lean` instead of the model's own modules."""
+        return self._lean is not None
+
     def prove(self, layers: Sequence[int]) -> None:
         """Check on the model in hand that segments cut at ``layers`` compute what its own forward does.
 
         Prefill, one cached token, and several deferred tokens, on a left-padded batch: hidden states after every
-        layer, keys, values and logits are compared.
+        layer, keys, values and logits are compared.  Where the lean path deviates it is given up for the model's own
+        modules.
 
         Raises
         ------
         ModelError
             Naming the first layer that deviates.
         """
+        try:
+            self._prove(layers)
+        except ModelError:
+            if self._lean is None:
+                raise
+            self._lean = None
+            self._prove(layers)
+
+    @torch.no_grad()
+    def _prove(self, layers: Sequence[int]) -> None:
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randint(0, self.vocab_size, (2, 10), generator=generator).to(self.device)
         mask = torch.ones_like(tokens)
