@@ -9,10 +9,6 @@ from offramp.llm import lean
 from offramp.llm.trunk import Trunk, positions_from_mask
 from tiny import make_model
 from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    MistralConfig,
-    MistralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     T5Config,
@@ -34,7 +30,7 @@ def test_segments_compute_what_the_model_does(model):
     tokens = torch.randint(0, 89, (2, 11), generator=torch.Generator().manual_seed(2))
     cache = trunk.new_cache()
     positions = torch.arange(11).expand(2, 11)
-    hidden = trunk.embed(tokens)
+    hidden = trunk.embed(tokens, positions)
     for first, last in ((0, 2), (2, 5), (5, 6)):
         hidden = trunk.run(hidden, first, last, cache=cache, positions=positions)
     torch.testing.assert_close(trunk.logits(hidden), model(tokens).logits, rtol=1e-5, atol=1e-5)
@@ -48,7 +44,9 @@ def test_several_rows_after_a_filled_cache_see_every_key(model):
     positions = torch.arange(12)[None]
     cache = trunk.new_cache()
     parts = [
-        trunk.run(trunk.embed(tokens[:, rows]), 0, 6, cache=cache, positions=positions[:, rows])
+        trunk.run(
+            trunk.embed(tokens[:, rows], positions[:, rows]), 0, 6, cache=cache, positions=positions[:, rows]
+        )
         for rows in (slice(0, 5), slice(5, 6), slice(6, 12))
     ]
     torch.testing.assert_close(
@@ -101,7 +99,7 @@ def test_the_lean_path_and_the_modules_compute_the_same(model):
         outputs[short] = torch.cat(
             [
                 trunk.run(
-                    trunk.embed(tokens[:, rows]),
+                    trunk.embed(tokens[:, rows], positions[:, rows]),
                     0,
                     6,
                     cache=cache,
@@ -145,12 +143,10 @@ def test_proving_leaves_no_trace_on_the_model(model):
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=4)), "no layers"),
         (
             lambda: T5ForConditionalGeneration(T5Config(vocab_size=50, d_model=32, d_ff=32, num_layers=2)),
             "encoder-decoder",
         ),
-        (lambda: MistralForCausalLM(MistralConfig(**SMALL, sliding_window=4)), "sliding"),
         (lambda: make_model().model, "no output layer"),
         (lambda: torch.nn.Linear(2, 2), "give a Hugging Face causal language model"),
     ],

@@ -113,3 +113,28 @@ class GrowingCache(Cache):
         """Cut layers ``first`` to ``last - 1`` back to ``length`` tokens where they hold more."""
         for layer in self.growing[first:last]:
             layer.crop(min(0, length - layer.get_seq_length()))
+
+
+class SeenCache(Cache):
+    """An empty cache that says every layer has seen ``length`` tokens: what mask builders ask a cache for.
+
+    Parameters
+    ----------
+    num_layers
+        Decoder layers of the model.
+    length
+        Tokens seen.
+    """
+
+    def __init__(self, num_layers: int, length: int) -> None:
+        super().__init__(layers=[_SeenLayer(length)] * num_layers)
+
+
+class _SeenLayer(GrowingLayer):
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self._length = length
+        self.is_initialized = True
+
+    def update(self, *_args: Any, **_kwargs: Any) -> Any:
+        raise RuntimeError("a cache that is only asked for its length was written to")

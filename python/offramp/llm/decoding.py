@@ -162,14 +162,14 @@ class Rollout:
         )
         # What waits before each segment: inputs of a contiguous run of positions that ends with the newest.
         self._waiting: list[list[torch.Tensor]] = [[] for _ in self.bounds[1:]]
-        self._waiting[0].append(trunk.embed(input_ids))
+        self._waiting[0].append(trunk.embed(input_ids, self.positions))
 
     def feed(self, tokens: torch.Tensor) -> None:
         """Append one emitted token (B,) to every row."""
         self.positions = torch.cat([self.positions, self.positions[:, -1:] + 1], dim=1)
         if self.mask is not None:
             self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], dim=1)
-        self._waiting[0].append(self.trunk.embed(tokens[:, None]))
+        self._waiting[0].append(self.trunk.embed(tokens[:, None], self.positions[:, -1:]))
 
     def step(self, needed: torch.Tensor) -> Step:
         """Find the next token of the ``needed`` rows (B,) bool, going only as deep as one of them asks for."""

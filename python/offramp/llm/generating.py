@@ -110,7 +110,7 @@ class _Batch:
         self._kept: list[tuple[torch.Tensor, list[torch.Tensor]]] = []
 
     def next_inputs(self) -> torch.Tensor:
-        return self.trunk.embed(self._inputs)
+        return self.trunk.embed(self._inputs, self.positions[:, -self._inputs.shape[1] :])
 
     def run(self, hidden: torch.Tensor, first: int, last: int) -> torch.Tensor:
         positions = self.positions[:, -hidden.shape[1] :]

@@ -210,7 +210,10 @@ class RidgeMLP(nn.Module):
 
 
 def output_rows(trunk: Trunk, shortlist: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Output matrix (S, H) and bias (S,) of the model in float32, restricted to a shortlist of tokens."""
+    """Output matrix (S, H) and bias (S,) of the model in float32, restricted to a shortlist of tokens.
+
+    A factor the model puts on its logits is in them; a soft cap is not.
+    """
     weight = trunk.output.weight.detach()
     bias = getattr(trunk.output, "bias", None)
     bias = None if bias is None else bias.detach()
@@ -218,7 +221,8 @@ def output_rows(trunk: Trunk, shortlist: torch.Tensor | None) -> tuple[torch.Ten
         rows = shortlist.to(weight.device)
         weight = weight[rows]
         bias = None if bias is None else bias[rows]
-    return weight.float(), None if bias is None else bias.float()
+    weight = weight.float() * trunk.logit_factor
+    return weight, None if bias is None else bias.float() * trunk.logit_factor
 
 
 def choose_shortlist(counts: torch.Tensor, size: int | None) -> torch.Tensor | None:

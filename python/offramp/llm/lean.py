@@ -84,9 +84,11 @@ def describe(layers: Sequence[nn.Module], config: Any) -> list[LeanLayer] | None
 
     Quantised, sharded or patched layers are not taken apart: their linear maps are more than a weight.
     """
-    if getattr(config, "hidden_act", None) != "silu" or any(
-        type(layer).__name__ not in _FAMILIES for layer in layers
-    ):
+    slides = "sliding_attention" in (getattr(config, "layer_types", None) or ("sliding_attention",)) and bool(
+        getattr(config, "sliding_window", None)
+    )
+    known = all(type(layer).__name__ in _FAMILIES for layer in layers)
+    if slides or not known or getattr(config, "hidden_act", None) != "silu":
         return None
     return None if any(_unusual(layer) for layer in layers) else [_describe(layer) for layer in layers]
 
@@ -114,7 +116,12 @@ def _rotate(states: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) ->
 
 def _unusual(layer: nn.Module) -> bool:
     linears = [module for module in layer.modules() if "Linear" in type(module).__name__]
-    hooked = any(module._forward_hooks or module._forward_pre_hooks for module in layer.modules())
+    # transformers leaves hooks that note outputs on a model that was ever asked for its hidden states.
+    hooked = any(
+        not str(getattr(hook, "__module__", "")).startswith("transformers.utils")
+        for module in layer.modules()
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    )
     patched = any("forward" in vars(module) for module in layer.modules())
     return hooked or patched or any(type(module) is not nn.Linear for module in linears)
 

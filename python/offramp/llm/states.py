@@ -79,7 +79,7 @@ def _run_layers(
 ) -> tuple[dict[int, torch.Tensor], torch.Tensor]:
     positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
     cache = trunk.new_cache()
-    hidden = trunk.embed(tokens)
+    hidden = trunk.embed(tokens, positions)
     exits = {}
     bounds = (0, *layers, trunk.num_layers)
     for first, last in itertools.pairwise(bounds):

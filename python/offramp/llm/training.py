@@ -179,6 +179,7 @@ class Teacher:
 
     def __init__(self, trunk: Trunk, shortlist: torch.Tensor | None) -> None:
         self.norm = trunk.norm
+        self.cap = trunk.cap
         self.weight, self.bias = output_rows(trunk, shortlist)
 
     @torch.no_grad()
@@ -186,7 +187,7 @@ class Teacher:
         """Return (n, S), each row summing to 1."""
         device = self.weight.device
         features = self.norm(rows["final"].to(device)).float()
-        logits = torch.nn.functional.linear(features, self.weight, self.bias)
+        logits = self.cap(torch.nn.functional.linear(features, self.weight, self.bias))
         listed = (logits - rows["log_normalizer"].to(device)[:, None]).exp()
         missing = (1 - listed.sum(dim=-1, keepdim=True)).clamp(min=0)
         spread = listed + missing / listed.shape[-1]

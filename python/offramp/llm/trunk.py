@@ -8,19 +8,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
-from transformers.masking_utils import create_causal_mask
 
 from offramp.errors import InputError, ModelError
 from offramp.llm import lean
 from offramp.llm.cache import GrowingCache
+from offramp.llm.shadow import Shadow
 
-_REQUIRED = ("layers", "embed_tokens", "norm", "rotary_emb")
+_FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
+_KINDS_OF_ATTENTION = ("full_attention", "sliding_attention")
 # Largest deviation from the model's own forward, relative to the largest hidden value, that rounding explains.
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
@@ -33,25 +34,26 @@ class Trunk:
     Parameters
     ----------
     model
-        A Hugging Face causal language model of the Llama layout: rotary positions, full attention, decoder layers
-        that take and return the hidden states.
+        A Hugging Face causal language model: a stack of attention layers that pass hidden states on and keep keys and
+        values in a cache, then a norm and an output matrix.
 
     Raises
     ------
     ModelError
-        If the model is laid out in another way; the sentence names what is missing.
+        If the model is built in another way; the sentence names what is missing.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        _refuse_other_layouts(model)
-        decoder = model.get_decoder()
+        parts = _take_apart(model)
         self.model = model
         self.config = model.config.get_text_config(decoder=True)
-        self.layers: Sequence[nn.Module] = decoder.layers
-        self.embedding: nn.Module = decoder.embed_tokens
-        self.norm: nn.Module = decoder.norm
+        self.layers: nn.ModuleList = parts.layers
+        self.norm: nn.Module = parts.norm
         self.output = cast(nn.Linear, model.get_output_embeddings())
-        self._rotary: nn.Module = decoder.rotary_emb
+        self.logit_factor, self.logit_cap = _logit_transform(self.config)
+        self._decoder = parts.decoder
+        self._shadow = Shadow(parts.decoder, parts.layers_name)
+        self._plain_embedding = False
         self._lean = lean.describe(self.layers, self.config)
 
     @property
@@ -88,10 +90,12 @@ class Trunk:
         """Give an empty cache for this model."""
         return GrowingCache(self.num_layers)
 
-    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Hidden states (B, T, H) before the first layer for token ids (B, T)."""
-        hidden: torch.Tensor = self.embedding(tokens)
-        return hidden
+    def embed(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Hidden states (B, T, H) before the first layer for token ids and their positions (B, T)."""
+        if self._plain_embedding:
+            hidden: torch.Tensor = self.model.get_input_embeddings()(tokens)
+            return hidden
+        return self._shadow.embed(tokens, positions)
 
     def run(
         self,
@@ -134,27 +138,13 @@ class Trunk:
         positions: torch.Tensor,
         attention_mask: torch.Tensor | None,
     ) -> torch.Tensor:
+        seen = cache.length(first)
         if attention_mask is not None:
-            attention_mask = attention_mask[:, : cache.length(first) + hidden.shape[1]]
-        # The mask is sized by this segment's own length, not by layer 0's: the segments may differ.
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=hidden,
-            attention_mask=attention_mask,
-            past_key_values=cache,
-            position_ids=positions,
-            layer_idx=first,
-        )
-        rotary = self._rotary(hidden, position_ids=positions)
+            attention_mask = attention_mask[:, : seen + hidden.shape[1]]
+        # Asked anew for every segment: their caches may differ in length.
+        calls = self._shadow.calls(hidden, positions, attention_mask, seen)
         for index in range(first, last):
-            hidden = self.layers[index](
-                hidden,
-                attention_mask=mask,
-                position_embeddings=rotary,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-            )
+            hidden = calls[index].on(self.layers[index], hidden, cache)
         return hidden
 
     def _run_lean(
@@ -172,7 +162,7 @@ class Trunk:
         mask = lean.attention_mask(
             cache.length(first) + queries, queries, groups, attention_mask, hidden.device
         )
-        cosines, sines = self._rotary(hidden, position_ids=positions)
+        cosines, sines = self._decoder.rotary_emb(hidden, position_ids=positions)
         rotary = cosines.unsqueeze(1), sines.unsqueeze(1)
         for index in range(first, last):
             hidden = self._lean[index].run(hidden, rotary, mask, cache.growing[index])
@@ -180,8 +170,11 @@ class Trunk:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Full-model logits (..., V) of the last layer's output (..., H)."""
-        logits: torch.Tensor = self.output(self.norm(hidden))
-        return logits
+        return self.cap(self.output(self.norm(hidden)) * self.logit_factor)
+
+    def cap(self, logits: torch.Tensor) -> torch.Tensor:
+        """Cap logits softly where the model does: ``cap * tanh(logits / cap)``."""
+        return logits if self.logit_cap is None else self.logit_cap * (logits / self.logit_cap).tanh()
 
     def check_layers(self, layers: Sequence[int]) -> tuple[int, ...]:
         """Return exit positions as a tuple, or say what is wrong with them.
@@ -232,6 +225,12 @@ class Trunk:
                 raise
             self._lean = None
             self._prove(layers)
+        except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ModelError(
+                f"model: {type(self.model).__name__} cannot be run in segments ({reason}); exits need a decoder of "
+                "attention layers"
+            ) from error
 
     @torch.no_grad()
     def _prove(self, layers: Sequence[int]) -> None:
@@ -243,7 +242,8 @@ class Trunk:
         own = DynamicCache(config=self.config)
         ours = self.new_cache()
         bounds = (0, *layers, self.num_layers)
-        embedded = self.embed(tokens)
+        self._learn(tokens, positions)
+        embedded = self.embed(tokens, positions)
         filled = 0
         for end in (6, 7, 10):
             with _recorded_outputs(self.layers) as recorded:
@@ -266,10 +266,18 @@ class Trunk:
                         positions=positions[:, filled:end],
                         attention_mask=mask,
                     )
-                    self._compare(hidden, recorded[layer], mask[:, filled:end], f"layer {layer + 1}")
+                    self._compare(hidden, _first(recorded[layer]), mask[:, filled:end], f"layer {layer + 1}")
             self._compare(self.logits(hidden), expected.logits, mask[:, filled:end], "the output layer")
             filled = end
         self._prove_deferred(tokens, mask, positions, own, bounds)
+
+    def _learn(self, tokens: torch.Tensor, positions: torch.Tensor) -> None:
+        """Find out what a shadow cannot see: what the layers return, and whether tokens alone make the embedding."""
+        with _recorded_outputs(self.layers) as recorded:
+            self.model(input_ids=tokens[:, :1], use_cache=False)
+        self._shadow.returns_tuples(recorded)
+        plain = self.model.get_input_embeddings()(tokens)
+        self._plain_embedding = torch.equal(plain, self._shadow.embed(tokens, positions))
 
     def _prove_deferred(
         self,
@@ -281,7 +289,7 @@ class Trunk:
     ) -> None:
         """Compare the keys and values of segments that each take the tokens in another number of pieces."""
         cache = self.new_cache()
-        hidden = self.embed(tokens)
+        hidden = self.embed(tokens, positions)
         for first, last in pairwise(bounds):
             step = 3 if first == 0 else tokens.shape[1]
             pieces = []
@@ -305,7 +313,9 @@ class Trunk:
                     getattr(held.layers[layer], name).transpose(1, 2).flatten(2)
                     for held in (cache, own)
                 )
-                self._compare(mine, reference, mask, f"layer {layer + 1}")
+                # A sliding window forgets its oldest tokens; ours keeps them behind the mask.
+                kept = reference.shape[1]
+                self._compare(mine[:, -kept:], reference, mask[:, -kept:], f"layer {layer + 1}")
 
     def _compare(self, mine: torch.Tensor, reference: torch.Tensor, mask: torch.Tensor, where: str) -> None:
         kept = mask.bool()
@@ -320,15 +330,15 @@ class Trunk:
 
 
 @contextmanager
-def _recorded_outputs(layers: Sequence[nn.Module]) -> Iterator[list[torch.Tensor]]:
+def _recorded_outputs(layers: Sequence[nn.Module]) -> Iterator[list[Any]]:
     """Collect what each layer returns; nothing of it stays on the model.
 
     (``output_hidden_states`` would do, but leaves transformers' hooks on the model for good.)
     """
-    recorded: list[torch.Tensor] = []
+    recorded: list[Any] = []
 
     def record(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        recorded.append(output[0] if isinstance(output, tuple) else output)
+        recorded.append(output)
 
     handles = [layer.register_forward_hook(record) for layer in layers]
     try:
@@ -343,7 +353,15 @@ def positions_from_mask(mask: torch.Tensor) -> torch.Tensor:
     return (mask.long().cumsum(dim=-1) - 1).clamp(min=0)
 
 
-def _refuse_other_layouts(model: Any) -> None:
+class _Parts(NamedTuple):
+    decoder: Any
+    layers_name: str
+    layers: nn.ModuleList
+    norm: nn.Module
+
+
+def _take_apart(model: Any) -> _Parts:
+    """Find the parts of a model, or say which one is missing."""
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
         raise ModelError(f"model is a {name}: give a Hugging Face causal language model")
@@ -353,21 +371,40 @@ def _refuse_other_layouts(model: Any) -> None:
         )
     if model.get_output_embeddings() is None:
         raise ModelError(f"model: {name} has no output layer; load it with AutoModelForCausalLM")
-    decoder = model.get_decoder()
-    missing = [part for part in _REQUIRED if not hasattr(decoder, part)]
-    if missing:
-        raise ModelError(
-            f"model: {name} has no {' and no '.join(missing)} in its decoder; "
-            "offramp runs models laid out like Llama (Llama, SmolLM2, Qwen2 and their relatives)"
-        )
     config = model.config.get_text_config(decoder=True)
-    for index, kind in enumerate(getattr(config, "layer_types", None) or ()):
-        if kind != "full_attention":
-            raise ModelError(
-                f"model: layer {index + 1} of {name} is of type {kind}; offramp runs full attention only"
-            )
-    if getattr(config, "layer_types", None) is None and getattr(config, "sliding_window", None):
+    kinds = getattr(config, "layer_types", None) or ()
+    other = [kind for kind in kinds if kind not in _KINDS_OF_ATTENTION]
+    if getattr(model, "_is_stateful", False) or other:
+        what = f"layers of type {other[0]}" if other else "a recurrent state"
+        raise ModelError(f"model: {name} has {what}; offramp runs layers of full or sliding attention only")
+    decoder: Any = model.get_decoder()
+    stacks = [
+        (key, child)
+        for key, child in decoder.named_children()
+        if isinstance(child, nn.ModuleList) and len(child) == config.num_hidden_layers
+    ]
+    if len(stacks) != 1:
         raise ModelError(
-            f"model: {name} attends through a sliding window of {config.sliding_window} tokens; "
-            "offramp runs full attention only"
+            f"model: {name} has no single stack of decoder layers, which exits would be put between"
         )
+    norms = [norm for norm in (getattr(decoder, key, None) for key in _FINAL_NORMS) if norm is not None]
+    if len(norms) != 1:
+        raise ModelError(
+            f"model: {name} has no norm between its last layer and its output matrix that offramp knows "
+            f"({', '.join(_FINAL_NORMS)})"
+        )
+    return _Parts(decoder, *stacks[0], norms[0])
+
+
+def _logit_transform(config: Any) -> tuple[float, float | None]:
+    """Read what a family does to its logits: the factor they are multiplied with, and the soft cap."""
+    factor = float(getattr(config, "logit_scale", None) or 1.0) / float(
+        getattr(config, "logits_scaling", None) or 1.0
+    )
+    cap = getattr(config, "final_logit_softcapping", None)
+    return factor, None if cap is None else float(cap)
+
+
+def _first(output: Any) -> torch.Tensor:
+    hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden

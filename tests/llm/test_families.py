@@ -1,0 +1,201 @@
+"""Every family on a tiny random model of its config: attached, decoded, and compared with the model's own generate."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from offramp import EarlyExitModel, HeadConfig, ModelError
+from offramp.llm.decoding import Exit, Rollout
+from offramp.llm.trunk import Trunk, positions_from_mask
+
+VOCAB = 83
+LLAMA = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+MULTI_HEAD = LLAMA | {"num_key_value_heads": 4}
+GPT = {
+    "vocab_size": VOCAB,
+    "n_positions": 128,
+    "n_embd": 32,
+    "n_layer": 4,
+    "n_head": 4,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+FALCON = {name: LLAMA[name] for name in LLAMA if name not in ("intermediate_size", "num_key_value_heads")}
+GEMMA = LLAMA | {"head_dim": 8, "sliding_window": 6}
+ALTERNATING = ["sliding_attention", "full_attention"] * 2
+# The model's class in transformers, without ForCausalLM or LMHeadModel, and its config.
+FAMILIES = {
+    "Llama": LLAMA,
+    "Mistral": LLAMA,
+    "Mistral, sliding": LLAMA | {"sliding_window": 5},
+    "Qwen2": LLAMA,
+    "Qwen2, sliding": LLAMA | {"use_sliding_window": True, "sliding_window": 5, "layer_types": ALTERNATING},
+    "Qwen3": LLAMA | {"head_dim": 8},
+    "Phi": MULTI_HEAD,
+    "Phi3": LLAMA,
+    "Gemma2": GEMMA | {"query_pre_attn_scalar": 8, "final_logit_softcapping": 5.0},
+    "Gemma3": GEMMA | {"query_pre_attn_scalar": 8, "layer_types": ALTERNATING},
+    "GPT2": GPT,
+    "GPTNeoX": {name: value for name, value in LLAMA.items() if name != "num_key_value_heads"},
+    "OPT": {
+        name: value
+        for name, value in LLAMA.items()
+        if name not in ("intermediate_size", "num_key_value_heads")
+    }
+    | {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0},
+    "Falcon": FALCON | {"new_decoder_architecture": False, "multi_query": True, "alibi": False},
+    "Falcon, alibi": FALCON | {"new_decoder_architecture": False, "multi_query": False, "alibi": True},
+    "Olmo2": LLAMA,
+    "Granite": LLAMA | {"logits_scaling": 4.0, "embedding_multiplier": 3.0, "residual_multiplier": 0.7},
+    "SmolLM3": LLAMA | {"no_rope_layers": [1, 0, 1, 0]},
+    "Cohere": MULTI_HEAD | {"logit_scale": 0.25},
+    "Cohere2": LLAMA | {"logit_scale": 0.25, "sliding_window": 5, "layer_types": ALTERNATING},
+    "StableLm": LLAMA,
+    "Bloom": {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "n_layer": 4,
+        "n_head": 4,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+    }
+    | {"eos_token_id": 2},
+}
+
+
+def make(family):
+    name = family.split(",")[0]
+    settings = FAMILIES[family]
+    torch.manual_seed(0)
+    config = getattr(transformers, "Gemma3TextConfig" if name == "Gemma3" else f"{name}Config")(**settings)
+    kind = getattr(transformers, f"{name}LMHeadModel", None) or getattr(transformers, f"{name}ForCausalLM")
+    model = kind(config).eval().requires_grad_(False)
+    # Peaked logits, which can be told apart.
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            parameter.mul_(4)
+    return model
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request):
+    return make(request.param)
+
+
+@pytest.fixture(scope="module")
+def texts():
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(3, VOCAB, (20,), generator=generator) for _ in range(20)]
+
+
+@pytest.fixture(scope="module")
+def ee(model, texts):
+    exits = EarlyExitModel(model, None, layers=(1, 3), head=HeadConfig("mlp", shortlist=60))
+    exits.train_heads(sequences=texts, epochs=1, batch_size=64)
+    return exits
+
+
+def batch():
+    """Three prompts of different lengths, longer than every sliding window."""
+    ids = torch.randint(3, VOCAB, (3, 12), generator=torch.Generator().manual_seed(5))
+    mask = torch.ones_like(ids)
+    for row, padding in enumerate((0, 4, 1)):
+        ids[row, :padding] = 0
+        mask[row, :padding] = 0
+    return ids, mask
+
+
+def test_with_exits_off_tokens_are_those_of_generate(model, ee):
+    ids, mask = batch()
+    for rows in (slice(0, 1), slice(0, 3)):
+        settings = {"attention_mask": mask[rows], "max_new_tokens": 20, "do_sample": False}
+        own = model.generate(ids[rows], **settings)
+        assert torch.equal(ee.generate(ids[rows], mode="off", **settings), own)
+
+
+def test_keys_and_values_under_exits_are_the_full_models(model, ee, texts):
+    ids, mask = batch()
+    # Each head takes half of all tokens, whatever it knows.
+    thresholds = np.median(ee.score(texts).scores, axis=1)
+    trunk = Trunk(model)
+    trunk.prove((1, 3))
+    exits = [
+        Exit(layer, ee.heads.after(layer), threshold)
+        for layer, threshold in zip((1, 3), thresholds, strict=True)
+    ]
+    with torch.no_grad():
+        rollout = Rollout(trunk, exits, ids, mask)
+        tokens, depths = [ids], set()
+        for _ in range(15):
+            step = rollout.step(torch.ones(3, dtype=torch.bool))
+            depths |= set(step.exits.tolist())
+            tokens.append(step.tokens[:, None])
+            rollout.feed(step.tokens)
+        rollout.flush()
+        ids = torch.cat(tokens, dim=1)
+        mask = torch.cat([mask, torch.ones(3, 15, dtype=mask.dtype)], dim=1)
+        # A cache without windows, so that every key is there to compare.
+        own = transformers.DynamicCache()
+        model(input_ids=ids, attention_mask=mask, position_ids=positions_from_mask(mask), past_key_values=own)
+    assert len(depths) > 1
+    for mine, theirs in zip(rollout.cache.layers, own.layers, strict=True):
+        for name in ("keys", "values"):
+            one, other = (getattr(layer, name).transpose(1, 2)[mask.bool()] for layer in (mine, theirs))
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_scores_are_of_the_models_own_choices(model, ee, texts):
+    scores = ee.score(texts[:3])
+    expected = [model(text[None]).logits[0, :-1].argmax(dim=-1).numpy() for text in texts[:3]]
+    assert (scores.model_choices == np.concatenate(expected)).all()
+
+
+def test_the_teacher_is_the_models_own_distribution(model, ee, texts):
+    from offramp.llm.sequences import TokenSequence
+    from offramp.llm.states import teacher_forced
+    from offramp.llm.training import Teacher
+
+    trunk = ee._trunk
+    (states,) = teacher_forced(trunk, [TokenSequence(texts[0], 1)], (1,))
+    logits = model(texts[0][None]).logits[0, :-1].double()
+    rows = {"final": states.final, "log_normalizer": logits.logsumexp(-1).float()}
+    found = Teacher(trunk, None).probabilities(rows)
+    torch.testing.assert_close(found.double(), logits.softmax(-1), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["Mamba", "RecurrentGemma", "T5"])
+def test_other_architectures_are_refused(name):
+    if name == "Mamba":
+        model = transformers.MambaForCausalLM(
+            transformers.MambaConfig(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=2, state_size=4)
+        )
+    elif name == "RecurrentGemma":
+        model = transformers.RecurrentGemmaForCausalLM(
+            transformers.RecurrentGemmaConfig(
+                vocab_size=VOCAB,
+                hidden_size=32,
+                intermediate_size=48,
+                num_hidden_layers=3,
+                num_attention_heads=4,
+            )
+        )
+    else:
+        model = transformers.T5ForConditionalGeneration(
+            transformers.T5Config(vocab_size=VOCAB, d_model=32, d_ff=32, num_layers=2, num_heads=4)
+        )
+    with pytest.raises(ModelError, match=r"^model: \w+ (has|is an encoder-decoder)"):
+        EarlyExitModel(model, layers=(1,))
