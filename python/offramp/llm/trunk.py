@@ -47,7 +47,7 @@ class Trunk:
         parts = _take_apart(model)
         self.model = model
         self.config = model.config.get_text_config(decoder=True)
-        self.layers: nn.ModuleList = parts.layers
+        self.layers: Sequence[nn.Module] = list(parts.layers)
         self.norm: nn.Module = parts.norm
         self.output = cast(nn.Linear, model.get_output_embeddings())
         self.logit_factor, self.logit_cap = _logit_transform(self.config)
