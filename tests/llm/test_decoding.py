@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from offramp import EarlyExitModel, InputError
+from offramp import EarlyExitModel, InputError, top2_margin
 from offramp.llm.decoding import Exit, Rollout
 from offramp.llm.sequences import TokenSequence
 from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
@@ -357,3 +357,30 @@ def test_rows_that_stop_in_another_way_than_by_a_token_go_on_as_in_transformers(
     finally:
         model.generation_config.eos_token_id = kept
     assert expected.shape[1] < 9 + NEW
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_a_margin_equal_to_its_threshold_exits(trained, prompts, rows):
+    ids = prompts[0][:rows]
+    head = trained.heads.after(3)
+    needed = torch.ones(rows, dtype=torch.bool)
+    with torch.no_grad():
+        probe = Rollout(trained._trunk, [Exit(3, head, math.inf)], ids)
+        _, margins = top2_margin(head(probe.run(0)))
+        margin = float(margins.max())
+        for threshold, exits in ((margin, True), (math.nextafter(margin, 2), False)):
+            step = Rollout(trained._trunk, [Exit(3, head, threshold)], ids).step(needed)
+            assert step.exits.tolist() == [
+                0 if exits and value == margin else 1 for value in margins.tolist()
+            ]
+
+
+@pytest.mark.parametrize("cap", [0, 2])
+def test_the_cap_holds_before_every_segment_when_every_token_leaves_at_once(trained, prompts, cap):
+    with torch.no_grad():
+        rollout = rollout_of(trained, [-1.0, 2.0, 2.0], *(part[:1] for part in prompts), cap)
+        for _ in range(12):
+            step = rollout.step(torch.ones(1, dtype=torch.bool))
+            assert step.exits.tolist() == [0]
+            assert max(rollout.pending(segment) for segment in range(1, 4)) <= cap
+            rollout.feed(step.tokens)
