@@ -182,6 +182,8 @@ def test_parquet_without_a_reader_says_what_to_install(files, capsys, monkeypatc
         (["threshold", "folder", "correct.npy"], "folder"),
         (["threshold", "words.csv", "correct.npy"], "line 3"),
         (["threshold", "ragged.csv"], "ragged.csv"),
+        (["threshold", "binary.csv"], "binary.csv: this is not a csv table"),
+        (["threshold", "header.csv"], "header.csv: there are no rows"),
         (["threshold", "scores.npy", "mixed.csv"], "line 1"),
         (["threshold", "empty.csv", "correct.npy"], "empty.csv"),
         (["thresh"], "thresh"),
@@ -208,6 +210,8 @@ def test_input_at_fault_is_said_in_one_sentence(files, capsys, arguments, expect
     (files / "folder").mkdir()
     (files / "words.csv").write_text("score\n0.2\nhigh\n0.7\n0.9\n")
     (files / "mixed.csv").write_text("0.5\ntrue\nfalse\ntrue\n")
+    (files / "binary.csv").write_bytes(bytes(range(255, 0, -1)))
+    (files / "header.csv").write_text("score,correct\n\n")
     (files / "ragged.csv").write_text("score,correct\n0.2,0\n0.5\n")
     assert expected in refused(capsys, *arguments)
 

@@ -7,7 +7,7 @@ import torch
 from offramp import InputError, StorageError
 from offramp.llm.data import CorpusPlan, prepare_corpus
 from offramp.llm.generating import continue_prompts
-from offramp.llm.sequences import TokenSequence, as_sequences
+from offramp.llm.sequences import TokenSequence, as_sequences, encode_prompts
 from offramp.llm.states import teacher_forced
 from offramp.llm.trunk import Trunk
 
@@ -192,3 +192,82 @@ def test_sequences_are_read_from_what_users_have():
         as_sequences([TokenSequence(torch.tensor([4, 5]), 2)], None, max_positions=9)
     with pytest.raises(InputError, match="not a list"):
         as_sequences("text", None, max_positions=9)
+
+
+def test_of_too_much_own_text_sequences_of_every_length_are_drawn(trunk, tmp_path):
+    generator = torch.Generator().manual_seed(2)
+    lengths = torch.randint(2, 150, (120,), generator=generator).tolist()
+    sequences = as_sequences([torch.full((length,), 7) for length in lengths], None, max_positions=160)
+    corpus = prepare_corpus(trunk, CorpusPlan((2,), 2000), tmp_path / "a", sequences=sequences)
+    assert 2000 <= corpus.rows < 2000 + 150
+    drawn = torch.cat([shard["sequence"] for shard in corpus.shards]).bincount()
+    assert drawn[drawn > 0].float().mean() == pytest.approx(sum(lengths) / len(lengths), rel=0.35)
+    again = prepare_corpus(trunk, CorpusPlan((2,), 2000), tmp_path / "b", sequences=sequences)
+    assert again.rows == corpus.rows
+    other = prepare_corpus(trunk, CorpusPlan((2,), 2000, seed=1), tmp_path / "c", sequences=sequences)
+    assert shards(tmp_path / "a") == shards(tmp_path / "b") != shards(tmp_path / "c")
+    assert 2000 <= other.rows < 2000 + 150
+
+
+def test_few_prompts_come_round_at_other_temperatures(trunk, starts, tmp_path, monkeypatch):
+    asked = []
+    original = continue_prompts
+
+    def recording(trunk, prompts, *, temperatures, **kwargs):
+        asked.extend(zip([tuple(prompt.tolist()) for prompt in prompts], temperatures, strict=True))
+        return original(trunk, prompts, temperatures=temperatures, **kwargs)
+
+    monkeypatch.setattr("offramp.llm.data.continue_prompts", recording)
+    prepare_corpus(trunk, CorpusPlan((2,), 128 * 5, 5), tmp_path, prompts=starts[:32])
+    assert len(set(asked)) == len(asked) == 128
+
+
+@pytest.mark.parametrize("name", ["corpus.json", "shard-00000.json"])
+@pytest.mark.parametrize("text", ["[]", "3", "{", "\udcff"])
+def test_a_damaged_note_gets_a_sentence(trunk, starts, tmp_path, name, text):
+    plan = CorpusPlan((2,), 20, 5)
+    prepare_corpus(trunk, plan, tmp_path, prompts=starts)
+    (tmp_path / name).write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(StorageError, match="damaged"):
+        prepare_corpus(trunk, plan, tmp_path, prompts=starts)
+
+
+def test_an_interrupted_write_leaves_nothing_half_written(trunk, starts, tmp_path, monkeypatch):
+    def interrupt(*_args):
+        raise KeyboardInterrupt
+
+    plan = CorpusPlan((2,), 20, 5)
+    for name in ("offramp.llm.files.os.replace", "offramp.llm.data.sha256_of"):
+        monkeypatch.setattr(name, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            prepare_corpus(trunk, plan, tmp_path, prompts=starts)
+        monkeypatch.undo()
+        assert not [path for path in tmp_path.rglob("*") if path.suffix == ".tmp"]
+        prepare_corpus(trunk, CorpusPlan((2,), 20, 5), tmp_path, prompts=starts)
+        for path in tmp_path.iterdir():
+            path.unlink()
+
+
+def test_a_first_run_that_was_killed_can_be_begun_again(trunk, starts, tmp_path):
+    (tmp_path / "corpus.json.tmp").write_text("{")
+    assert prepare_corpus(trunk, CorpusPlan((2,), 20, 5), tmp_path, prompts=starts).rows >= 20
+
+
+@pytest.mark.parametrize(
+    ("sequences", "words"),
+    [
+        ({"input_ids": [[1, 2]]}, "not a list"),
+        ([None], r"sequences\[0\] is not one row"),
+        ([["a", "b"]], r"sequences\[0\] is not one row"),
+        ([[1, [2, 3]]], r"sequences\[0\] is not one row"),
+        ([TokenSequence(torch.ones(2, 2, dtype=torch.int64))], r"sequences\[0\] is not one row"),
+    ],
+)
+def test_what_is_no_text_gets_a_sentence(sequences, words):
+    with pytest.raises(InputError, match=words):
+        as_sequences(sequences, None, max_positions=9)
+
+
+def test_a_single_text_is_not_taken_for_a_list_of_letters():
+    with pytest.raises(InputError, match="prompts is a single text"):
+        encode_prompts("Tell me.", object(), max_positions=9)

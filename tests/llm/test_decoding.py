@@ -7,10 +7,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from offramp import InputError
+from offramp import EarlyExitModel, InputError, top2_margin
 from offramp.llm.decoding import Exit, Rollout
 from offramp.llm.sequences import TokenSequence
-from transformers import TextStreamer
+from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 from transformers.cache_utils import DynamicCache
 
 NEW = 40
@@ -270,6 +270,8 @@ def test_the_wrapped_model_is_as_it_was_even_after_a_failure(
         ({"mode": "fast"}, "mode is 'fast'"),
         ({"eps": 1.5}, "eps is 1.5"),
         ({"eps": 0.9, "thresholds": [1, 1, 1]}, "eps and thresholds are both given"),
+        ({"thresholds": 0.5}, "one number for each of the 3 exits"),
+        ({"thresholds": ["x"] * 3}, "one number for each of the 3 exits"),
         ({"thresholds": [0.5]}, "one number for each of the 3 exits"),
         ({"thresholds": [0.5, math.nan, 0.5]}, "thresholds is"),
         ({"max_pending": -1}, "max_pending is -1"),
@@ -290,6 +292,7 @@ def test_bad_arguments_get_a_sentence(trained, prompts, kwargs, words):
         (torch.zeros(3, dtype=torch.int64), "input_ids is not"),
         (torch.zeros((1, 0), dtype=torch.int64), "input_ids is not"),
         (torch.full((1, 4), 89), "vocabulary has 89 tokens"),
+        (torch.tensor([[5, -1, 7]]), "holds token -1"),
         (torch.full((1, 4), -1), "vocabulary has 89 tokens"),
         (torch.full((1, 160), 7), "context window holds 160"),
     ],
@@ -297,3 +300,87 @@ def test_bad_arguments_get_a_sentence(trained, prompts, kwargs, words):
 def test_bad_prompts_get_a_sentence(trained, ids, words):
     with pytest.raises(InputError, match=words):
         trained.generate(ids, max_new_tokens=4)
+
+
+def test_prompts_are_continued_until_there_are_enough_tokens(model, prompts):
+    """Continuations that end early must not leave prompts behind."""
+    ee = EarlyExitModel(model, layers=(2,))
+    ends = own(model, *prompts)[:, 12:30:2].flatten().unique().tolist()
+    starts = [torch.full((3,), token) for token in range(6, 76)]
+    model.generation_config.eos_token_id, kept = ends, model.generation_config.eos_token_id
+    try:
+        written = ee.continue_greedily(starts, tokens=300, max_new_tokens=50)
+        everything = ee.continue_greedily(starts, tokens=10**6, max_new_tokens=50)
+    finally:
+        model.generation_config.eos_token_id = kept
+    assert (
+        sum(item.generated for item in written[:6]) < 300
+    )  # what six full-length continuations would have given
+    assert 300 <= sum(item.generated for item in written) < 400
+    assert [item.tokens[:3].tolist() for item in everything] == [item.tolist() for item in starts]
+    assert [item.tokens.tolist() for item in written] == [
+        item.tokens.tolist() for item in everything[: len(written)]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("starts", "words"),
+    [
+        ([], "prompts need a tokenizer"),
+        ([torch.tensor([3, 89])], r"prompts\[0\] holds token 89"),
+        ([torch.full((160,), 7)], "context window holds 160"),
+    ],
+)
+def test_starts_that_cannot_be_continued_get_a_sentence(model, starts, words):
+    with pytest.raises(InputError, match=words):
+        EarlyExitModel(model, layers=(2,)).continue_greedily(starts)
+
+
+def test_rows_that_stop_in_another_way_than_by_a_token_go_on_as_in_transformers(trained, model, prompts):
+    ids, mask = prompts
+
+    class StopOneByOne(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            return torch.arange(len(input_ids)) * 3 < input_ids.shape[1] - 12
+
+    settings = {
+        "attention_mask": mask,
+        "max_new_tokens": NEW,
+        "do_sample": False,
+        "eos_token_id": None,
+        "stopping_criteria": StoppingCriteriaList([StopOneByOne()]),
+    }
+    kept, model.generation_config.eos_token_id = model.generation_config.eos_token_id, None
+    try:
+        expected = model.generate(ids, **settings)
+        assert torch.equal(trained.generate(ids, mode="off", **settings), expected)
+    finally:
+        model.generation_config.eos_token_id = kept
+    assert expected.shape[1] < 9 + NEW
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_a_margin_equal_to_its_threshold_exits(trained, prompts, rows):
+    ids = prompts[0][:rows]
+    head = trained.heads.after(3)
+    needed = torch.ones(rows, dtype=torch.bool)
+    with torch.no_grad():
+        probe = Rollout(trained._trunk, [Exit(3, head, math.inf)], ids)
+        _, margins = top2_margin(head(probe.run(0)))
+        margin = float(margins.max())
+        for threshold, exits in ((margin, True), (math.nextafter(margin, 2), False)):
+            step = Rollout(trained._trunk, [Exit(3, head, threshold)], ids).step(needed)
+            assert step.exits.tolist() == [
+                0 if exits and value == margin else 1 for value in margins.tolist()
+            ]
+
+
+@pytest.mark.parametrize("cap", [0, 2])
+def test_the_cap_holds_before_every_segment_when_every_token_leaves_at_once(trained, prompts, cap):
+    with torch.no_grad():
+        rollout = rollout_of(trained, [-1.0, 2.0, 2.0], *(part[:1] for part in prompts), cap)
+        for _ in range(12):
+            step = rollout.step(torch.ones(1, dtype=torch.bool))
+            assert step.exits.tolist() == [0]
+            assert max(rollout.pending(segment) for segment in range(1, 4)) <= cap
+            rollout.feed(step.tokens)

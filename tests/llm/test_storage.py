@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import torch
@@ -98,6 +99,25 @@ def test_an_interrupted_save_leaves_the_old_heads(trained, folder, model, monkey
     assert [path.name for path in folder.parent.iterdir()] == ["exits"]
 
 
+def test_an_interrupted_replacement_leaves_the_old_heads(trained, folder, monkeypatch):
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    replace, calls = os.replace, []
+
+    def interrupt(source, target):
+        calls.append(target)
+        # The writes of three files, the old folder aside, and then the new one in its place.
+        if target == folder and len(calls) == 5:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr("offramp.llm.storage.os.replace", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        trained.save_pretrained(folder)
+    assert len(calls) == 6
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert [path.name for path in folder.parent.iterdir()] == ["exits"]
+
+
 def cut(path):
     path.write_bytes(path.read_bytes()[:-40])
 
@@ -130,6 +150,13 @@ def change(**values):
         ("config.json", lambda path: path.unlink(), "config.json is missing"),
         ("config.json", change(library_name="peft"), "not written by offramp"),
         ("config.json", change(format=99), "newer offramp"),
+        ("config.json", change(format="x"), "newer offramp"),
+        ("config.json", lambda path: path.write_text("[]"), "does not hold a JSON object"),
+        ("calibration.json", lambda path: path.write_text("3"), "does not hold a JSON object"),
+        ("calibration.json", change(layers=[1, 3, 4]), "other layers"),
+        ("calibration.json", change(layers=[1, 3]), "calibration is damaged"),
+        ("calibration.json", change(eps=2), "calibration is damaged"),
+        ("calibration.json", change(n=7), "calibration is damaged"),
         ("config.json", change(head={"kind": "big"}), "config.json is damaged"),
         ("config.json", change(head={"kind": "mlp", "shortlist": 60, "width": 3}), "does not hold the heads"),
         ("calibration.json", cut, "cannot be read as JSON"),
@@ -168,3 +195,15 @@ def test_the_fingerprint_survives_a_cast_and_nothing_else():
     tuned.model.layers[3].mlp.down_proj.weight.mul_(1.02)
     assert not own.matches(fingerprint(tuned))
     assert not own.matches(fingerprint(make_model(num_hidden_layers=5)))
+    assert fingerprint(make_model().bfloat16()).matches(fingerprint(make_model().half()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_short_fine_tuning_is_another_model(dtype):
+    """Weights that moved by less than bfloat16 rounds are still other weights."""
+    tuned = make_model()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in tuned.parameters():
+        parameter.mul_(1 + 0.002 * torch.randn(parameter.shape, generator=generator))
+    assert not fingerprint(make_model()).matches(fingerprint(tuned.to(dtype)))
+    assert not fingerprint(tuned).matches(fingerprint(make_model()))

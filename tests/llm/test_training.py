@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from offramp import EarlyExitModel, HeadConfig, InputError
 from offramp.llm.data import CorpusPlan, prepare_corpus
-from offramp.llm.heads import RidgeMLP, choose_shortlist
+from offramp.llm.heads import ExitHead, RidgeMLP, choose_shortlist
 from offramp.llm.sequences import as_sequences
-from offramp.llm.training import Teacher, Trainer, TrainingConfig, build_heads, exit_loss
+from offramp.llm.training import Teacher, Trainer, TrainingConfig, _schedule, build_heads, exit_loss
 from offramp.llm.trunk import Trunk
+from tiny import make_model
 
 
 def problem(seed=0, rows=5, size=11, width=7):
@@ -211,3 +214,56 @@ def test_what_needs_trained_heads_says_so(model, tmp_path):
     ):
         with pytest.raises(InputError, match="not trained"):
             work()
+
+
+@torch.no_grad()
+def test_the_metrics_are_those_of_the_rows_held_back_at_the_heads_own_layer(model, texts, tmp_path):
+    trainer = trainer_of(model, texts, tmp_path)
+    rows = trainer.corpus.take(trainer.watched_rows)
+    assert 0 < len(trainer.watched_rows) < len(trainer.train_rows)
+    target = trainer.teacher.probabilities(rows)
+    for weight in (0.0, 0.6):
+        trainer.config = replace(trainer.config, entropy_weight=weight)
+        for item in trainer.watch():
+            log_q = trainer.heads.after(item.layer)(rows[f"hidden.{item.layer}"]).log_softmax(dim=-1)
+            entropy = -(log_q.exp() * log_q).sum(dim=-1).mean()
+            cross = -(target * log_q).sum(dim=-1).mean()
+            assert item.loss == pytest.approx(float((1 - weight) * cross - weight * entropy), rel=1e-4)
+            assert item.entropy == pytest.approx(float(entropy), rel=1e-4)
+
+
+def test_a_step_follows_the_mean_gradient_whatever_the_pieces(model, texts, tmp_path, monkeypatch):
+    gradients = []
+    for times, pieces in ((1, 1000), (3, 1000), (1, 7)):
+        trainer = trainer_of(model, texts, tmp_path, head=HeadConfig("linear", shortlist=50))
+        monkeypatch.setattr(trainer, "_micro_batch", lambda pieces=pieces: pieces)
+        trainer._train_step(trainer.corpus.take(trainer.train_rows[:40].repeat(times)))
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in trainer.parameters]))
+    assert float(gradients[0].abs().max()) > 0
+    for other in gradients[1:]:
+        torch.testing.assert_close(other, gradients[0], rtol=1e-3, atol=1e-6)
+
+
+def test_the_rate_warms_up_and_falls_to_nothing(model, texts, tmp_path):
+    rates = [_schedule(step, 200) for step in range(200)]
+    assert rates[:10] == pytest.approx([step / 10 for step in range(1, 11)])
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[105] == pytest.approx(0.5, abs=0.01)
+    assert rates[-1] < 1e-3
+    trainer = trainer_of(model, texts, tmp_path)
+    trainer.run()
+    assert trainer.optimizer.param_groups[0]["lr"] < 1e-3 * 1e-2
+
+
+def test_a_linear_head_starts_as_the_models_own_output():
+    """With a bias on the output rows, which few families have."""
+    model = make_model()
+    model.lm_head = torch.nn.Linear(32, 89)
+    model.model.norm.weight.copy_(torch.linspace(0.5, 2, 32))
+    trunk = Trunk(model.requires_grad_(False))
+    hidden = 3 * torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
+    shortlist = torch.tensor([3, 20, 21, 88])
+    whole = ExitHead(trunk, HeadConfig("linear", shortlist=None), None)
+    listed = ExitHead(trunk, HeadConfig("linear", shortlist=4), shortlist)
+    torch.testing.assert_close(whole(hidden), trunk.logits(hidden))
+    torch.testing.assert_close(listed(hidden), trunk.logits(hidden)[:, shortlist])

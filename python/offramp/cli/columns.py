@@ -61,11 +61,17 @@ def _read_npy(path: Path) -> NDArray[Any]:
 
 
 def _read_csv(path: Path, column: str | None, fallbacks: tuple[str, ...]) -> NDArray[Any]:
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        first = next(csv.reader(file), [])
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file)
+            first, second = next(reader, []), next(filter(None, reader), [])
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise StorageError(f"{path}: this is not a csv table in UTF-8") from error
     if not first:
         raise StorageError(f"{path}: the file is empty")
     headed = not all(_is_value(cell) or cell.strip().lower() in _TRUTH for cell in first)
+    if headed and not second:
+        raise StorageError(f"{path}: there are no rows under its header")
     names = [cell.strip() for cell in first] if headed else [str(place) for place in range(len(first))]
     place = names.index(_choose(path, names, column, fallbacks))
     layout: dict[str, Any] = {

@@ -11,7 +11,7 @@ import transformers
 
 from offramp.cli import views
 from offramp.cli.session import Session
-from offramp.errors import InputError, StorageError
+from offramp.errors import InputError
 from offramp.evaluation.decoded import decode_prompts, model_inputs, split_text
 from offramp.evaluation.speed import measure_speed
 from offramp.llm.calibrating import check_eps
@@ -20,6 +20,7 @@ from offramp.llm.heads import HeadConfig
 from offramp.llm.loading import load_model
 from offramp.llm.model import EarlyExitModel
 from offramp.llm.prompts import prompts as shipped_prompts
+from offramp.llm.storage import require_free
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -89,8 +90,7 @@ def train(
 ) -> None:
     """Train heads and store them in a folder."""
     # Said before an hour of training rather than after it; storing them checks again.
-    if output.exists() and any(output.iterdir()) and not (output / "config.json").exists():
-        raise StorageError(f"{output} holds other files: choose an empty or a new folder")
+    require_free(output)
     starts = read_prompts(prompts)
     model, tokenizer = open_model(session, name, dtype=dtype, device=device)
     ee = EarlyExitModel(model, tokenizer, layers=layers, head=head)

@@ -120,10 +120,10 @@ class Calibration:
             If something is missing or of another kind.
         """
         try:
-            return cls(
+            found = cls(
                 layers=tuple(int(layer) for layer in values["layers"]),
                 num_layers=int(values["num_layers"]),
-                eps=float(values["eps"]),
+                eps=check_eps(values["eps"]),
                 curves=tuple(ThresholdCurve.from_dict(curve) for curve in values["curves"]),
                 mode=str(values["mode"]),
                 n=int(values["n"]),
@@ -133,6 +133,11 @@ class Calibration:
             )
         except (KeyError, TypeError, ValueError) as error:
             raise StorageError(f"the stored calibration is damaged ({error}): calibrate again") from error
+        if len(found.curves) != len(found.layers) or any(curve.n != found.n for curve in found.curves):
+            raise StorageError(
+                "the stored calibration is damaged (its curves are not its layers'): calibrate again"
+            )
+        return found
 
     def __str__(self) -> str:
         """Table of the heads."""

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from offramp.errors import InputError, StorageError
-from offramp.llm.files import read_json, sha256_of, write_json
+from offramp.llm.files import read_json, sha256_of, write_json, written_whole
 from offramp.llm.fingerprint import fingerprint
 from offramp.llm.generating import continue_prompts
 from offramp.llm.sequences import TokenSequence, hash_of
@@ -87,10 +87,9 @@ class Corpus:
     def add(self, shard: dict[str, torch.Tensor]) -> None:
         """Write one shard, whole or not at all, and open it."""
         path = self._path(len(self.shards))
-        temporary = path.with_suffix(".tmp")
-        save_file({name: tensor.contiguous() for name, tensor in shard.items()}, temporary)
-        checksum = sha256_of(temporary)
-        os.replace(temporary, path)
+        with written_whole(path) as temporary:
+            save_file({name: tensor.contiguous() for name, tensor in shard.items()}, temporary)
+            checksum = sha256_of(temporary)
         write_json(path.with_suffix(".json"), {"sha256": checksum, "rows": len(shard["sequence"])})
         self.shards.append(load_file(path))
 
@@ -166,7 +165,8 @@ def prepare_corpus(
     prompts
         Token ids of starting prompts, continued by the model itself.
     sequences
-        The user's own text instead: nothing is generated, and ``plan.tokens`` is an upper bound.
+        The user's own text instead: nothing is generated, and of more than ``plan.tokens`` tokens only so many
+        sequences are drawn as reach them.
     end_tokens
         Tokens that end a continuation.
 
@@ -199,13 +199,17 @@ def _generate(
         # Seeded by shard, so that a resumed run makes the shards an uninterrupted one would have made.
         generator = torch.Generator().manual_seed(plan.seed * 1_000_003 + index)
         rows = min(_BATCH, -(-(plan.tokens - corpus.rows) // plan.max_new_tokens))
-        picked = [prompts[order[(index * _BATCH + row) % len(order)]] for row in range(rows)]
+        turns = [divmod(index * _BATCH + row, len(order)) for row in range(rows)]
+        picked = [prompts[order[place]] for _, place in turns]
         written = continue_prompts(
             trunk,
             picked,
             max_new_tokens=plan.max_new_tokens,
             end_tokens=end_tokens,
-            temperatures=[_TEMPERATURES[row % len(_TEMPERATURES)] for row in range(rows)],
+            # A prompt that comes round again comes warmer or cooler, so that few prompts still give varied text.
+            temperatures=[
+                _TEMPERATURES[(row + turn) % len(_TEMPERATURES)] for row, (turn, _) in enumerate(turns)
+            ],
             generator=generator,
             capture=plan.layers,
         )
@@ -225,11 +229,21 @@ def _read(
     sequences: Sequence[TokenSequence],
     progress: Progress | None,
 ) -> None:
+    chosen = _choose(sequences, plan)
     # One shard a batch; batches come in a fixed order, so the shards there are the first batches.
-    for states in teacher_forced(trunk, sequences, plan.layers, skip=len(corpus.shards), progress=progress):
-        if corpus.rows >= plan.tokens:
-            return
+    for states in teacher_forced(trunk, chosen, plan.layers, skip=len(corpus.shards), progress=progress):
         corpus.add(_shard(trunk, states.exits, states.final, states.groups))
+
+
+def _choose(sequences: Sequence[TokenSequence], plan: CorpusPlan) -> list[TokenSequence]:
+    """Draw sequences until the plan's tokens are reached: batches go by length, so a cut there would be biased."""
+    order = torch.randperm(len(sequences), generator=torch.Generator().manual_seed(plan.seed)).tolist()
+    chosen: list[int] = []
+    tokens = 0
+    while len(chosen) < len(order) and tokens < plan.tokens:
+        chosen.append(order[len(chosen)])
+        tokens += sequences[chosen[-1]].generated
+    return [sequences[index] for index in sorted(chosen)]
 
 
 def _shard(
@@ -279,7 +293,8 @@ def _claim(folder: Path, identity: dict[str, Any]) -> None:
                 "choose another folder, or delete it"
             )
         return
-    if folder.exists() and any(folder.iterdir()):
+    # A first run that was killed may have left the beginning of this very file.
+    if folder.exists() and any(item.suffix != ".tmp" for item in folder.iterdir()):
         raise StorageError(f"cache: {folder} holds other files; choose an empty or a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(path, identity)

@@ -270,7 +270,9 @@ def decode(
     """
     started = time.perf_counter()
     pick = _picker(logits_processor, generation_config, rollout.trunk.vocab_size)
-    pad = generation_config._pad_token_tensor
+    # As in transformers: rows that end in another way than by a token (stop strings) are not padded.
+    pads = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+    pad = generation_config._pad_token_tensor if pads else None
     depths = torch.tensor([*rollout.bounds[1:], 0])
     unfinished = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
     exit_layers: list[torch.Tensor] = []
@@ -279,7 +281,7 @@ def decode(
     keep_scores = generation_config.return_dict_in_generate and generation_config.output_scores
     keep_logits = generation_config.return_dict_in_generate and generation_config.output_logits
     while True:
-        step = rollout.step(unfinished)
+        step = rollout.step(unfinished if pads else torch.ones_like(unfinished))
         tokens, scores = pick(input_ids, step)
         if keep_logits:
             all_logits += (step.full_logits(rollout.trunk.vocab_size),)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,25 +20,38 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write text to a file, whole or not at all."""
+    with written_whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Give a file to write to beside ``path``; it takes that name at the end, or goes if the writing fails."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
-def read_json(path: Path) -> Any:
-    """Read JSON from a file.
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object from a file.
 
     Raises
     ------
     StorageError
-        If it is not there or not JSON.
+        If it is not there or holds no JSON object.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise StorageError(f"{path} is missing") from error
     except (ValueError, OSError) as error:
         raise StorageError(f"{path} cannot be read as JSON: the folder is damaged") from error
+    if not isinstance(value, dict):
+        raise StorageError(f"{path} does not hold a JSON object: the folder is damaged")
+    return value
 
 
 def sha256_of(path: Path) -> str:

@@ -292,29 +292,28 @@ class EarlyExitModel:
         Returns
         -------
         list of TokenSequence
-            Prompt and continuation; continuations the model ended at once are left out.
+            Prompt and continuation, at least one token each.
         """
         rows = [row for row in prompts if isinstance(row, torch.Tensor)]
-        if len(rows) != len(prompts):
+        if not rows or len(rows) != len(prompts):
             rows = encode_prompts(prompts, self.tokenizer, max_positions=self._trunk.max_positions)  # type: ignore[arg-type]  # texts here
+        for index, row in enumerate(rows):
+            self._check_ids(row, f"prompts[{index}]")
+            check_length(len(row) + 1, self._trunk.max_positions, f"prompts[{index}]")
         for name, value in (("max_new_tokens", max_new_tokens), ("tokens", tokens)):
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise InputError(f"{name} is {value!r}: give a whole number of at least 1")
         wanted = len(rows) * max_new_tokens if tokens is None else tokens
         found: list[TokenSequence] = []
-        written = 0
-        for start in range(0, len(rows), _BATCH):
-            if written >= wanted:
-                break
-            short = -(-(wanted - written) // max_new_tokens)
+        written = start = 0
+        while start < len(rows) and written < wanted:
+            end = start + min(_BATCH, -(-(wanted - written) // max_new_tokens))
             batch = continue_prompts(
-                self._trunk,
-                rows[start : start + min(_BATCH, short)] if short < _BATCH else rows[start : start + _BATCH],
-                max_new_tokens=max_new_tokens,
-                end_tokens=self._end_tokens(),
+                self._trunk, rows[start:end], max_new_tokens=max_new_tokens, end_tokens=self._end_tokens()
             )
-            found += [item for item in batch.sequences if item.generated]
-            written = sum(item.generated for item in found)
+            found += batch.sequences
+            written += sum(item.generated for item in batch.sequences)
+            start = end
             if progress is not None:
                 progress("continuing", min(written, wanted), wanted)
         return found
@@ -482,8 +481,7 @@ class EarlyExitModel:
             if not saved.base_model:
                 raise InputError("model: the folder does not name its base model; load it and pass model=")
             model, tokenizer = load_model(saved.base_model, **kwargs)
-        loaded = cls.__new__(cls)
-        cls.__init__(loaded, model, tokenizer, layers=saved.layers, head=saved.head)
+        loaded = cls(model, tokenizer, layers=saved.layers, head=saved.head)
         loaded.heads = saved.heads_for(loaded._trunk).eval().requires_grad_(False)
         loaded.calibration = saved.calibration
         loaded._trained = saved.config.get("training", {})
@@ -518,10 +516,13 @@ class EarlyExitModel:
             thresholds = self.calibration.thresholds if eps is None else self.calibration.at(eps)
         elif eps is not None:
             raise InputError("eps and thresholds are both given: give one of them")
-        values = [float(value) for value in thresholds]
+        try:
+            values = [float(value) for value in thresholds]
+        except (TypeError, ValueError):
+            values = []
         if len(values) != len(self.layers) or any(math.isnan(value) for value in values):
             raise InputError(
-                f"thresholds is {values}: give one number for each of the {len(self.layers)} exits"
+                f"thresholds is {thresholds}: give one number for each of the {len(self.layers)} exits"
             )
         pairs = zip(self.layers, values, strict=True)
         # A margin never exceeds 1, so a higher threshold is a head switched off.
@@ -561,10 +562,11 @@ class EarlyExitModel:
             self._check_ids(item.tokens, f"sequences[{index}]")
 
     def _check_ids(self, ids: torch.Tensor, what: str) -> None:
-        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self._trunk.vocab_size:
+        outside = ids[(ids < 0) | (ids >= self._trunk.vocab_size)]
+        if outside.numel():
             raise InputError(
-                f"{what} holds token {int(ids.max())}, but the model's vocabulary has {self._trunk.vocab_size} tokens: "
-                "use the model's own tokenizer"
+                f"{what} holds token {int(outside[0])}, but the model's vocabulary has {self._trunk.vocab_size} "
+                "tokens: use the model's own tokenizer"
             )
 
     def _check_inputs(self, ids: Any, kwargs: dict[str, Any]) -> None:

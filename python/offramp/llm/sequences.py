@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +45,8 @@ def encode_prompts(prompts: Iterable[str], tokenizer: Any, *, max_positions: int
     InputError
         Without a tokenizer, without prompts, for an empty prompt, or one that leaves no room to generate.
     """
+    if isinstance(prompts, str | bytes):
+        raise InputError("prompts is a single text: give a list of texts")
     prompts = list(prompts)
     if tokenizer is None:
         raise InputError(
@@ -86,7 +88,8 @@ def as_sequences(sequences: Any, tokenizer: Any, *, max_positions: int) -> list[
     InputError
         Naming the sequence at fault: of another type, shorter than two tokens, or longer than the model's context.
     """
-    if isinstance(sequences, str | bytes) or not isinstance(sequences, Iterable):
+    # A tokenizer's output is a mapping, and iterating it would give its keys as texts.
+    if isinstance(sequences, str | bytes | Mapping) or not isinstance(sequences, Iterable):
         raise InputError("sequences is not a list: give a list of texts or of token ids")
     found = [_as_sequence(item, index, tokenizer) for index, item in enumerate(sequences)]
     if not found:
@@ -102,21 +105,25 @@ def as_sequences(sequences: Any, tokenizer: Any, *, max_positions: int) -> list[
 
 
 def _as_sequence(item: Any, index: int, tokenizer: Any) -> TokenSequence:
+    given = 1
     if isinstance(item, TokenSequence):
-        return TokenSequence(item.tokens.detach().to("cpu", torch.int64).reshape(-1), item.prompt_length)
-    if isinstance(item, str):
+        item, given = item.tokens, item.prompt_length
+    elif isinstance(item, str):
         if tokenizer is None:
             raise InputError(
                 f"sequences[{index}] is a text: give EarlyExitModel a tokenizer, or pass token ids"
             )
         item = tokenizer(item)["input_ids"]
-    tokens = torch.as_tensor(item)
+    try:
+        tokens = torch.as_tensor(item)
+    except (TypeError, ValueError, RuntimeError):
+        tokens = torch.zeros(1, 1)
     wrong = tokens.ndim != 1 or tokens.is_floating_point() or tokens.dtype == torch.bool
     if wrong and tokens.numel():
         raise InputError(
             f"sequences[{index}] is not one row of token ids: give whole numbers in one dimension"
         )
-    return TokenSequence(tokens.detach().to("cpu", torch.int64))
+    return TokenSequence(tokens.detach().to("cpu", torch.int64), given)
 
 
 def check_length(length: int, max_positions: int, what: str) -> None:

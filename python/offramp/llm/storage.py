@@ -123,8 +123,7 @@ def save_exits(
         If the folder exists and holds something else.
     """
     target = Path(folder)
-    if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not _is_ours(target))):
-        raise StorageError(f"folder {target} holds other files: choose an empty or a new folder")
+    require_free(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
@@ -133,6 +132,18 @@ def save_exits(
         _replace(target, temporary)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def require_free(folder: Path) -> None:
+    """Refuse a folder that heads cannot be written to, because something other than heads is in it.
+
+    Raises
+    ------
+    StorageError
+        If the folder exists and holds something else.
+    """
+    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not _is_ours(folder))):
+        raise StorageError(f"folder {folder} holds other files: choose an empty or a new folder")
 
 
 def load_exits(folder: str | os.PathLike[str]) -> SavedExits:
@@ -147,11 +158,11 @@ def load_exits(folder: str | os.PathLike[str]) -> SavedExits:
     if not source.is_dir():
         raise StorageError(f"folder {source} does not exist: give a folder written by save_pretrained")
     config = read_json(source / _CONFIG)
-    if not isinstance(config, dict) or config.get("library_name") != "offramp":
+    if config.get("library_name") != "offramp":
         raise StorageError(
             f"{source / _CONFIG} was not written by offramp: give a folder written by save_pretrained"
         )
-    if config.get("format", 0) > _FORMAT:
+    if config.get("format") != _FORMAT:
         raise StorageError(
             f"folder {source} was written by a newer offramp ({config.get('version')}): update offramp"
         )
@@ -173,9 +184,12 @@ def load_exits(folder: str | os.PathLike[str]) -> SavedExits:
     try:
         base = Fingerprint(tensors[_FINGERPRINT], config["base_model_shapes"])
         saved = SavedExits(config, tensors, base, calibration)
-        _ = saved.head, saved.layers, saved.base_model
+        _ = saved.head, saved.base_model
+        layers = saved.layers
     except (KeyError, TypeError, InputError) as error:
         raise StorageError(f"{source / _CONFIG} is damaged ({error}): save the heads again") from error
+    if calibration is not None and calibration.layers != layers:
+        raise StorageError(f"{stored} belongs to heads after other layers: calibrate again")
     return saved
 
 
@@ -202,6 +216,7 @@ def _write(
         "base_model": getattr(trunk.model.config, "_name_or_path", None) or None,
         "base_model_type": trunk.config.model_type,
         "base_model_shapes": base.shapes,
+        "base_model_fingerprint": base.digest,
         "num_layers": trunk.num_layers,
         "hidden_size": trunk.hidden_size,
         "vocab_size": trunk.vocab_size,
@@ -222,11 +237,13 @@ def _replace(target: Path, new: Path) -> None:
         os.replace(new, target)
         return
     retired = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
-    os.replace(target, retired)
     try:
+        os.replace(target, retired)
         os.replace(new, target)
-    except OSError:
-        os.replace(retired, target)
+    except BaseException:  # Ctrl-C between the two included
+        if not target.exists():
+            os.replace(retired, target)
+        shutil.rmtree(retired, ignore_errors=True)
         raise
     shutil.rmtree(retired, ignore_errors=True)
 
@@ -236,7 +253,7 @@ def _is_ours(folder: Path) -> bool:
         config = read_json(folder / _CONFIG)
     except StorageError:
         return False
-    return isinstance(config, dict) and config.get("library_name") == "offramp"
+    return config.get("library_name") == "offramp"
 
 
 def _card(config: dict[str, Any], calibration: Calibration | None) -> str:

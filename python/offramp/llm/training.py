@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -21,6 +20,7 @@ from safetensors.torch import save_file
 
 from offramp.errors import InputError, StorageError
 from offramp.llm.data import Corpus, batches
+from offramp.llm.files import written_whole
 from offramp.llm.heads import ExitHead, ExitHeads, HeadConfig, RidgeMLP, choose_shortlist, output_rows
 from offramp.llm.states import Progress
 from offramp.llm.trunk import Trunk
@@ -313,14 +313,13 @@ class Trainer:
         tensors = {f"head.{name}": p.detach() for name, p in self.heads.named_parameters()}
         for index, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in state.items()}
-        temporary = self.checkpoint.with_suffix(".tmp")
-        # Copies, because tied or sliced tensors share memory, which the format refuses.
-        save_file(
-            {name: tensor.clone().contiguous() for name, tensor in tensors.items()},
-            temporary,
-            metadata={"identity": self.identity, "step": str(self.step)},
-        )
-        os.replace(temporary, self.checkpoint)
+        with written_whole(self.checkpoint) as temporary:
+            # Copies, because tied or sliced tensors share memory, which the format refuses.
+            save_file(
+                {name: tensor.clone().contiguous() for name, tensor in tensors.items()},
+                temporary,
+                metadata={"identity": self.identity, "step": str(self.step)},
+            )
 
     def _resume(self) -> None:
         if self.checkpoint is None or not self.checkpoint.exists():
