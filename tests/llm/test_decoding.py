@@ -366,7 +366,7 @@ def test_a_margin_equal_to_its_threshold_exits(trained, prompts, rows):
     needed = torch.ones(rows, dtype=torch.bool)
     with torch.no_grad():
         probe = Rollout(trained._trunk, [Exit(3, head, math.inf)], ids)
-        _, margins = top2_margin(head(probe.run(0)))
+        _, margins = top2_margin(head(probe.run(0)[:, -1]))
         margin = float(margins.max())
         for threshold, exits in ((margin, True), (math.nextafter(margin, 2), False)):
             step = Rollout(trained._trunk, [Exit(3, head, threshold)], ids).step(needed)

@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import GenerationConfig
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
@@ -58,6 +59,14 @@ class GenerationStats:
     rejected_drafts: int = 0
     seconds: float = 0.0
     exit_layers: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.int64))
+
+    @classmethod
+    def of(
+        cls, exit_layers: torch.Tensor, rollout: Rollout, seconds: float, rejected: int = 0
+    ) -> GenerationStats:
+        """Count the exits (B, new tokens) of a finished rollout."""
+        counts = {depth: int((exit_layers == depth).sum()) for depth in rollout.bounds[1:]}
+        return cls(sum(counts.values()), counts, rollout.layer_runs, rejected, seconds, exit_layers)
 
     @property
     def mean_layers(self) -> float:
@@ -173,12 +182,26 @@ class Rollout:
 
     def step(self, needed: torch.Tensor) -> Step:
         """Find the next token of the ``needed`` rows (B,) bool, going only as deep as one of them asks for."""
+        step, unanswered = self.ask(needed)
+        if not unanswered.any():
+            self._relieve()
+            return step
+        logits = self.trunk.logits(self.run(len(self.exits))[:, -1])
+        rows = torch.from_numpy(np.flatnonzero(unanswered))
+        chosen = logits.argmax(dim=-1)[rows.to(logits.device)]
+        self._answer(step, rows, len(self.exits), chosen, logits, None)
+        return step
+
+    def ask(self, needed: torch.Tensor) -> tuple[Step, NDArray[np.bool_]]:
+        """Ask the heads, from shallow to deep, until every needed row is answered; also tells which rows are not."""
         batch = len(needed)
         device = self.positions.device
         step = Step(torch.zeros(batch, dtype=torch.int64, device=device), torch.full((batch,), -1), [])
         unanswered = needed.cpu().numpy().copy()
         for index, item in enumerate(self.exits):
-            logits = item.head(self.run(index))
+            if not unanswered.any():
+                break
+            logits = item.head(self.run(index)[:, -1])
             # Rows of a batch give arrays; numbers come from a single row without a batch.
             choice, _, reached = (np.asarray(part) for part in decide(logits, item.threshold))
             leaving = unanswered & reached
@@ -187,16 +210,10 @@ class Rollout:
                 chosen = item.head.tokens(torch.from_numpy(choice[leaving]).to(device))
                 self._answer(step, rows, index, chosen, logits, item.head)
                 unanswered &= ~reached
-            if not unanswered.any():
-                self._relieve(index + 1)
-                return step
-        logits = self.trunk.logits(self.run(len(self.exits)))
-        rows = torch.from_numpy(np.flatnonzero(unanswered))
-        self._answer(step, rows, len(self.exits), logits.argmax(dim=-1)[rows.to(device)], logits, None)
-        return step
+        return step, unanswered
 
     def run(self, segment: int) -> torch.Tensor:
-        """Run a segment over everything that waits before it; returns the newest position's output (B, H)."""
+        """Run a segment over everything that waits before it; returns its output (B, waiting, H), the newest last."""
         waiting = self._waiting[segment]
         hidden = waiting[0] if len(waiting) == 1 else torch.cat(waiting, dim=1)
         first, last = self.bounds[segment], self.bounds[segment + 1]
@@ -210,25 +227,35 @@ class Rollout:
         self._waiting[segment] = []
         if segment + 1 < len(self._waiting):
             self._waiting[segment + 1].append(hidden)
-        return hidden[:, -1]
+        return hidden
 
     def pending(self, segment: int) -> int:
         """Positions that wait before a segment."""
         return sum(part.shape[1] for part in self._waiting[segment])
 
-    def flush(self) -> None:
-        """Run whatever waits, so that every layer has seen every fed token."""
+    def flush(self) -> torch.Tensor | None:
+        """Run whatever waits, so that every layer has seen every fed token; returns what left the last layer."""
+        hidden = None
         for segment in range(len(self._waiting)):
             if self._waiting[segment]:
-                self.run(segment)
+                hidden = self.run(segment)
+        return hidden
 
-    def _relieve(self, segment: int) -> None:
-        """Keep the number of waiting positions within its limit, from ``segment`` upwards."""
+    def rewind(self, length: int) -> None:
+        """Forget the positions from ``length`` on; nothing may be waiting."""
+        assert not any(self._waiting)
+        self.cache.crop_to(0, self.trunk.num_layers, length)
+        self.positions = self.positions[:, :length]
+        if self.mask is not None:
+            self.mask = self.mask[:, :length]
+
+    def _relieve(self) -> None:
+        """Keep the number of waiting positions within its limit, from below upwards."""
         if self.max_pending is None:
             return
-        while segment < len(self._waiting) and self.pending(segment) > self.max_pending:
-            self.run(segment)
-            segment += 1
+        for segment in range(1, len(self._waiting)):
+            if self.pending(segment) > self.max_pending:
+                self.run(segment)
 
     @staticmethod
     def _answer(
@@ -299,7 +326,7 @@ def decode(
         rollout.feed(tokens)
     if streamer is not None:
         streamer.end()
-    stats = _stats(torch.stack(exit_layers, dim=1), rollout, time.perf_counter() - started)
+    stats = GenerationStats.of(torch.stack(exit_layers, dim=1), rollout, time.perf_counter() - started)
     return EarlyExitOutput(
         sequences=cast(torch.LongTensor, input_ids),
         scores=cast(Any, all_scores or None),
@@ -323,14 +350,3 @@ def _picker(
         return scores.argmax(dim=-1), scores
 
     return pick
-
-
-def _stats(exit_layers: torch.Tensor, rollout: Rollout, seconds: float) -> GenerationStats:
-    counts = {depth: int((exit_layers == depth).sum()) for depth in rollout.bounds[1:]}
-    return GenerationStats(
-        tokens=sum(counts.values()),
-        tokens_by_exit=counts,
-        layer_runs=rollout.layer_runs,
-        seconds=seconds,
-        exit_layers=exit_layers,
-    )

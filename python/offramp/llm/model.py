@@ -12,6 +12,7 @@ import tempfile
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from offramp.llm.states import Progress
 from offramp.llm.storage import load_exits, save_exits
 from offramp.llm.training import HeadMetrics, Trainer, TrainingConfig, build_heads
 from offramp.llm.trunk import Trunk
+from offramp.llm.verifying import decode_verified
 
 _BATCH = 64
 _REFUSED_ARGUMENTS = {
@@ -364,8 +366,9 @@ class EarlyExitModel:
         inputs : (B, P) int64
             Prompts, left-padded; also as ``input_ids=``, with ``attention_mask=``.
         mode
-            ``"exit"``: a head whose margin reaches its threshold emits its token.  ``"off"``: the whole model for
-            every token.
+            ``"exit"``: a head whose margin reaches its threshold emits its token.  ``"verify"``: its token is a draft
+            which the whole model confirms or corrects, so that the output is the whole model's own (in distribution,
+            when sampling; up to rounding where two logits tie).  ``"off"``: the whole model for every token.
         eps
             Use the thresholds for this ε instead of the calibration's own.
         thresholds
@@ -410,6 +413,10 @@ class EarlyExitModel:
                 raise InputError(
                     "generate: only greedy search and sampling work with exits; leave out num_beams"
                 )
+            if mode == "verify" and (generation_config.output_scores or generation_config.output_logits):
+                raise InputError(
+                    "output_scores and output_logits are not kept in verify mode: leave them out"
+                )
             check_length(generation_config.max_length, self._trunk.max_positions, "generate")
             input_ids = input_ids.to(self._trunk.device)
             mask = model_kwargs.get("attention_mask")
@@ -418,9 +425,10 @@ class EarlyExitModel:
                 exits,
                 input_ids,
                 None if mask is None else mask.to(input_ids.device),
-                max_pending,
+                None if mode == "verify" else max_pending,
             )
-            output = decode(
+            run: Any = partial(decode_verified, max_pending=max_pending) if mode == "verify" else decode
+            output = run(
                 rollout,
                 input_ids,
                 logits_processor=logits_processor,
@@ -502,8 +510,8 @@ class EarlyExitModel:
 
     def _exits(self, mode: str, eps: float | None, thresholds: Sequence[float] | None) -> list[Exit]:
         """List the exits that can be taken: those whose threshold a margin can reach."""
-        if mode not in ("exit", "off"):
-            raise InputError(f"mode is {mode!r}: choose 'exit' or 'off'")
+        if mode not in ("exit", "verify", "off"):
+            raise InputError(f"mode is {mode!r}: choose 'exit', 'verify' or 'off'")
         if mode == "off":
             return []
         heads = self._trained_heads()

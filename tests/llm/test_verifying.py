@@ -1,0 +1,217 @@
+"""Verify mode: whatever the heads draft, the output is the whole model's own."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from offramp import EarlyExitModel, HeadConfig, InputError
+from scipy import stats
+from test_families import FAMILIES, batch, make
+from tiny import make_model
+from transformers import DynamicCache, TextStreamer
+
+NEW = 30
+
+
+@pytest.fixture(params=[None, 0, 1, 4], ids=lambda cap: f"cap {cap}")
+def cap(request):
+    return request.param
+
+
+def test_greedy_output_is_the_models_own(trained, model, thresholds, prompts, cap):
+    ids, mask = prompts
+    own = model.generate(ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False)
+    output = trained.generate(
+        ids,
+        attention_mask=mask,
+        max_new_tokens=NEW,
+        mode="verify",
+        thresholds=thresholds,
+        max_pending=cap,
+        return_dict_in_generate=True,
+    )
+    assert torch.equal(output.sequences, own)
+    assert output.stats.rejected_drafts > 0
+    # Drafts that hold are kept as what they are.
+    assert set(output.exit_layers.flatten().tolist()) - {0, trained.num_layers}
+    assert output.stats.tokens == sum(output.stats.tokens_by_exit.values())
+    assert output.exit_layers.shape[1] == output.sequences.shape[1] - ids.shape[1]
+
+
+@pytest.mark.parametrize("row", range(4))
+def test_one_row_alone(trained, model, thresholds, prompts, row, cap):
+    ids = prompts[0][row : row + 1, int((prompts[1][row] == 0).sum()) :]
+    own = model.generate(ids, max_new_tokens=NEW, do_sample=False)
+    assert torch.equal(
+        trained.generate(ids, max_new_tokens=NEW, mode="verify", thresholds=thresholds, max_pending=cap), own
+    )
+
+
+def test_heads_that_are_always_sure_and_always_wrong_cost_only_time(trained, model, prompts):
+    ids, mask = prompts
+    own = model.generate(ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False)
+    output = trained.generate(
+        ids,
+        attention_mask=mask,
+        max_new_tokens=NEW,
+        mode="verify",
+        thresholds=[0.0] * 3,
+        return_dict_in_generate=True,
+    )
+    assert torch.equal(output.sequences, own)
+    assert output.stats.rejected_drafts > NEW
+
+
+def test_rows_that_end_at_different_steps(trained, model, thresholds, prompts, cap):
+    ids, mask = prompts
+    text = model.generate(ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False)
+    ends = text[:, 12:30:5].flatten().unique().tolist()
+    settings = {"attention_mask": mask, "max_new_tokens": NEW, "do_sample": False, "eos_token_id": ends}
+    own = model.generate(ids, **settings)
+    output = trained.generate(
+        ids, mode="verify", thresholds=thresholds, max_pending=cap, return_dict_in_generate=True, **settings
+    )
+    assert torch.equal(output.sequences, own)
+    lengths = (output.exit_layers > 0).sum(dim=1)
+    assert len(lengths.unique()) > 1
+    assert output.stats.tokens == int(lengths.sum())
+
+
+def test_processors_act_on_confirmed_text(trained, model, thresholds, prompts, cap):
+    ids, mask = prompts
+    settings = {
+        "attention_mask": mask,
+        "repetition_penalty": 1.3,
+        "no_repeat_ngram_size": 3,
+        "min_new_tokens": 5,
+        "max_new_tokens": NEW,
+        "do_sample": False,
+    }
+    own = model.generate(ids, **settings)
+    mine = trained.generate(ids, mode="verify", thresholds=thresholds, max_pending=cap, **settings)
+    assert torch.equal(mine, own)
+
+
+def test_the_streamer_sees_confirmed_tokens_only(trained, thresholds, prompts):
+    class Recorder(TextStreamer):
+        def __init__(self):
+            self.parts, self.ended = [], False
+
+        def put(self, value):
+            self.parts.append(value.reshape(-1))
+
+        def end(self):
+            self.ended = True
+
+    ids = prompts[0][:1]
+    recorder = Recorder()
+    output = trained.generate(
+        ids, max_new_tokens=NEW, mode="verify", thresholds=thresholds, streamer=recorder
+    )
+    assert recorder.ended
+    assert torch.equal(torch.cat(recorder.parts), output[0])
+    assert any(len(part) > 1 for part in recorder.parts[1:])
+
+
+def test_keys_and_values_are_the_full_models_after_rejections(
+    trained, model, thresholds, prompts, monkeypatch
+):
+    from offramp.llm import verifying
+
+    kept = []
+    judge = verifying._Text
+    monkeypatch.setattr(verifying, "_Text", lambda *arguments: kept.append(judge(*arguments)) or kept[-1])
+    ids, mask = prompts
+    output = trained.generate(
+        ids, attention_mask=mask, max_new_tokens=NEW, mode="verify", thresholds=thresholds
+    )
+    rollout = kept[0].rollout
+    mask = torch.cat([mask, mask.new_ones(len(ids), NEW)], dim=1)[:, : output.shape[1] - 1]
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(input_ids=output[:, :-1], attention_mask=mask, position_ids=positions, past_key_values=cache)
+    for mine, full in zip(rollout.cache.layers, cache.layers, strict=True):
+        for name in ("keys", "values"):
+            one, other = (getattr(layer, name).transpose(1, 2)[mask.bool()] for layer in (mine, full))
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family(family):
+    model = make(family)
+    generator = torch.Generator().manual_seed(1)
+    texts = [torch.randint(3, 83, (20,), generator=generator) for _ in range(10)]
+    ee = EarlyExitModel(model, None, layers=(1, 3), head=HeadConfig("mlp", shortlist=60))
+    ee.train_heads(sequences=texts, epochs=1, batch_size=64)
+    # The second head drafts whatever the first leaves.
+    thresholds = [float(np.median(ee.score(texts).scores[0])), 0.0]
+    ids, mask = batch()
+    settings = {"attention_mask": mask, "max_new_tokens": 20, "do_sample": False}
+    own = model.generate(ids, **settings)
+    output = ee.generate(ids, mode="verify", thresholds=thresholds, return_dict_in_generate=True, **settings)
+    assert torch.equal(output.sequences, own)
+    assert output.stats.rejected_drafts > 0
+
+
+def test_sampling_has_the_full_models_distribution():
+    """Pairs of sampled tokens, counted over thousands of rows, against the exact probabilities."""
+    model = make_model(vocab_size=8, eos_token_id=None, pad_token_id=0)
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            parameter.mul_(0.5)
+    generator = torch.Generator().manual_seed(0)
+    texts = [torch.randint(0, 8, (20,), generator=generator) for _ in range(20)]
+    ee = EarlyExitModel(model, None, layers=(2, 4), head=HeadConfig("mlp", shortlist=6))
+    ee.train_heads(sequences=texts, epochs=1)
+    thresholds = [float(np.median(ee.score(texts).scores[0])), 0.0]
+    rows = 4000
+    prompt = torch.tensor([[1, 5, 2]])
+    with torch.no_grad():
+        first = (model(prompt).logits[0, -1] / 0.9).softmax(-1)
+        longer = torch.cat([prompt.expand(8, 3), torch.arange(8)[:, None]], dim=1)
+        second = (model(longer).logits[:, -1] / 0.9).softmax(-1)
+    expected = (first[:, None] * second).flatten().numpy().astype(float)
+    counts = {}
+    for mode in ("verify", "exit"):
+        torch.manual_seed(3)
+        output = ee.generate(
+            prompt.expand(rows, 3).contiguous(),
+            mode=mode,
+            thresholds=thresholds,
+            do_sample=True,
+            temperature=0.9,
+            top_k=0,
+            max_new_tokens=3,
+            return_dict_in_generate=True,
+        )
+        pairs = output.sequences[:, 3] * 8 + output.sequences[:, 4]
+        counts[mode] = np.bincount(pairs.numpy(), minlength=64)
+        if mode == "verify":
+            assert output.stats.rejected_drafts > 100
+            assert all(output.stats.tokens_by_exit.values())
+    large = expected * rows >= 5
+
+    def p_value(observed):
+        kept = np.append(observed[large], observed[~large].sum())
+        wanted = np.append(expected[large], expected[~large].sum()) * rows
+        if wanted[-1] == 0:
+            kept, wanted = kept[:-1], wanted[:-1]
+        return stats.chisquare(kept, wanted * kept.sum() / wanted.sum()).pvalue
+
+    assert p_value(counts["verify"]) > 1e-3
+    # The test can fail: plain exits sample from the heads.
+    assert p_value(counts["exit"]) < 1e-6
+
+
+def test_scores_are_refused(trained, thresholds, prompts):
+    with pytest.raises(InputError, match="verify mode"):
+        trained.generate(
+            prompts[0],
+            mode="verify",
+            thresholds=thresholds,
+            max_new_tokens=4,
+            return_dict_in_generate=True,
+            output_scores=True,
+        )
