@@ -250,7 +250,9 @@ def test_the_demo_runs_through_and_reuses_what_it_made(workplace, tmp_path):
 
 def test_an_interrupt_leaves_nothing_half_written(workplace, tmp_path):
     folder = workplace[0]
-    script = "from offramp.cli import main; main()"
+    # A background job ignores Ctrl-C, and so would its children.
+    script = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    script += "from offramp.cli import main; main()"
     arguments = ["train", folder / "tiny", "--layers", "2,4", "-o", tmp_path / "exits", "--tokens", "200000"]
     arguments += ["--prompts", folder / "prompts.txt", "--device", "cpu", "--shortlist", "8"]
     process = subprocess.Popen(

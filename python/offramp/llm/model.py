@@ -9,17 +9,20 @@ import copy
 import math
 import os
 import tempfile
+import time
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 
+from offramp.decision import decide
 from offramp.errors import InputError
 from offramp.llm.calibrating import Calibration, calibrate_scores, check_eps
 from offramp.llm.data import CorpusPlan, prepare_corpus
@@ -27,6 +30,7 @@ from offramp.llm.decoding import EarlyExitOutput, Exit, GenerationStats, Rollout
 from offramp.llm.generating import continue_prompts
 from offramp.llm.heads import ExitHeads, HeadConfig
 from offramp.llm.loading import load_model
+from offramp.llm.planning import Plan, make_plan, measure_costs
 from offramp.llm.prompts import prompts as shipped_prompts
 from offramp.llm.scoring import Scores, agreement, score_sequences
 from offramp.llm.sequences import TokenSequence, as_sequences, check_length, encode_prompts, hash_of
@@ -108,6 +112,8 @@ class EarlyExitModel:
         self._trained: dict[str, Any] = {}
         self._serving: tuple[ExitHeads, ExitHeads] | None = None
         self._warned_dtype = False
+        self._scores: Scores | None = None
+        self._plan: Plan | None = None
 
     @property
     def num_layers(self) -> int:
@@ -191,7 +197,7 @@ class EarlyExitModel:
             history = trainer.run(progress)
             rows = corpus.rows
         self.heads = heads.eval().requires_grad_(False)
-        self.calibration = None
+        self.calibration = self._scores = self._plan = None
         self._serving = None
         self._trained = {
             "tokens": rows,
@@ -265,9 +271,9 @@ class EarlyExitModel:
             own = self.continue_greedily(
                 starts or [], tokens=tokens, max_new_tokens=max_new_tokens, progress=progress
             )
-        scores = self.score(own, progress=progress)
+        self._scores, self._plan = self.score(own, progress=progress), None
         self.calibration = calibrate_scores(
-            scores,
+            self._scores,
             self.layers,
             self.num_layers,
             eps,
@@ -275,6 +281,84 @@ class EarlyExitModel:
             text_hash=hash_of(own),
         )
         return self.calibration
+
+    @torch.no_grad()
+    def plan(
+        self,
+        eps: float | None = None,
+        *,
+        scores: Scores | None = None,
+        measure: int = 3,
+        max_new_tokens: int = 48,
+        progress: Progress | None = None,
+    ) -> Plan:
+        """Find which exits pay on this machine, and use only those from now on.
+
+        Times the parts of a decoding step, replays scored text with every set of exits, and takes the fastest for
+        ``mode="exit"`` at ``eps`` and for ``mode="verify"``, where thresholds change nothing but the time.  Exits
+        that do not pay are switched off until the next calibration: no mode is then slower than the whole model
+        alone.  ``generate`` with ``thresholds=`` or another ``eps=`` does not look at the plan.
+
+        Parameters
+        ----------
+        eps
+            Target accuracy of exit mode; default: the calibration's.
+        scores
+            From `score`, on text the full model wrote; default: those of the latest `calibrate`, or of 1000 tokens
+            continued from the shipped calibration prompts.
+        measure
+            Prompts to time with each mode, beside the prediction; 0 for none.
+        max_new_tokens
+            Tokens to time each of them for.
+
+        Returns
+        -------
+        Plan
+            Printing it shows predicted and measured time a token.
+        """
+        heads = self._trained_heads()
+        if self.calibration is None:
+            raise InputError("calibration: plan chooses among calibrated thresholds; call calibrate first")
+        eps = self.calibration.eps if eps is None else check_eps(eps)
+        scores = scores or self._scores
+        starts: list[torch.Tensor] = []
+        if measure or scores is None:
+            _, encoded = self._text(None, None, "calibration")
+            starts = encoded or []
+        if scores is None:
+            scores = self._scores = self.score(self.continue_greedily(starts, tokens=1000), progress=progress)
+        costs = measure_costs(self._trunk, heads, lambda logits: decide(logits, 0.5))
+        found = make_plan(costs, scores, self.layers, self.num_layers, self.calibration.at, eps)
+        if measure:
+            found = found.with_measured(self._time(found, starts[:measure], max_new_tokens, progress))
+        self._plan = found
+        return self._plan
+
+    def _time(
+        self, plan: Plan, prompts: Sequence[torch.Tensor], tokens: int, progress: Progress | None
+    ) -> dict[str, float]:
+        """Seconds a token of every mode after the first one, in turns, median over the prompts."""
+        taken: dict[str, list[float]] = {"off": [], "exit": [], "verify": []}
+        for turn, ids in enumerate([prompts[0], *prompts]):
+            for mode, found in taken.items():
+                seconds, counts = [], []
+                for count in (1, tokens):
+                    start = time.perf_counter()
+                    self.generate(
+                        ids[None].to(self._trunk.device),
+                        attention_mask=torch.ones_like(ids)[None].to(self._trunk.device),
+                        mode=mode,
+                        thresholds=plan.best(mode).thresholds,
+                        max_new_tokens=count,
+                        do_sample=False,
+                    )
+                    seconds.append(time.perf_counter() - start)
+                    counts.append(self.last_stats.tokens if self.last_stats else 0)
+                if turn and counts[1] > 1:
+                    found.append((seconds[1] - seconds[0]) / (counts[1] - counts[0]))
+            if progress is not None:
+                progress("timing", turn, len(prompts))
+        return {mode: median(found) for mode, found in taken.items() if found}
 
     def continue_greedily(
         self,
@@ -515,6 +599,9 @@ class EarlyExitModel:
         if mode == "off":
             return []
         heads = self._trained_heads()
+        plan = self._plan
+        if plan is not None and thresholds is None and eps in (None, plan.exit.eps):
+            thresholds, eps = plan.best(mode).thresholds, None
         if thresholds is None:
             if self.calibration is None:
                 raise InputError(

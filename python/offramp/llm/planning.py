@@ -1,0 +1,346 @@
+"""Which exits pay on this machine: measured costs of the parts, and a replay of the calibration text with them.
+
+For `model`; needs `decoding`'s rules only in so far as it counts what `Rollout` would run.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from offramp.llm.heads import ExitHead, ExitHeads
+from offramp.llm.scoring import Scores
+from offramp.llm.trunk import Trunk
+
+_ROWS = (1, 2, 3, 4, 6, 8, 16, 32)
+_REPEATS = 15
+_CONTEXT = 64
+# Verify mode may take any thresholds: these target accuracies are tried.
+_VERIFY_EPS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
+# A gain smaller than this is not told from noise, and exits that do not pay are left out.
+_WORTH = 0.02
+# More tokens tell no more about the mean.
+_REPLAYED = 3000
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds each part of a decoding step takes at batch 1.
+
+    Attributes
+    ----------
+    layer : tuple of float
+        One decoder layer over 1, 2, 3, 4, 6, 8, 16 and 32 rows.
+    output : tuple of float
+        Final norm, output matrix and argmax over as many rows.
+    heads : tuple of float
+        Each head with its decision, shallow to deep.
+    step : float
+        What a step costs beyond its parts.
+    """
+
+    layer: tuple[float, ...]
+    output: tuple[float, ...]
+    heads: tuple[float, ...]
+    step: float
+
+    def layers(self, count: int, rows: int) -> float:
+        """Seconds of ``count`` layers over ``rows`` rows."""
+        return count * _between(self.layer, rows)
+
+    def outputs(self, rows: int) -> float:
+        """Seconds of the output layer over ``rows`` rows."""
+        return _between(self.output, rows)
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to decode, and what it is predicted to cost.
+
+    Attributes
+    ----------
+    mode : str
+        ``"off"``, ``"exit"`` or ``"verify"``.
+    eps : float or None
+        The thresholds' target accuracy.
+    layers : tuple of int
+        The exits switched on.
+    thresholds : tuple of float
+        One for each head of the model, inf for those switched off.
+    predicted : float
+        Seconds a token.
+    measured : float
+        Seconds a token; NaN where it was not measured.
+    """
+
+    mode: str
+    eps: float | None
+    layers: tuple[int, ...]
+    thresholds: tuple[float, ...]
+    predicted: float
+    measured: float = math.nan
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The best option of each mode; printing it shows a table.
+
+    Attributes
+    ----------
+    costs : Costs
+        What was measured.
+    off, exit, verify : Option
+        The whole model for every token, and the fastest choice of exits in each mode.  Where no exit pays, ``layers``
+        is empty and the prediction that of ``off``.
+    considered : tuple of Option
+        Every option that was weighed.
+    """
+
+    costs: Costs
+    off: Option
+    exit: Option
+    verify: Option
+    considered: tuple[Option, ...] = field(default=(), repr=False)
+
+    def best(self, mode: str) -> Option:
+        """Return the option of a mode."""
+        return {"off": self.off, "exit": self.exit, "verify": self.verify}[mode]
+
+    def with_measured(self, seconds: dict[str, float]) -> Plan:
+        """Put measured seconds a token beside the predictions, by mode."""
+
+        def measured(option: Option) -> Option:
+            return replace(option, measured=seconds.get(option.mode, math.nan))
+
+        return replace(self, off=measured(self.off), exit=measured(self.exit), verify=measured(self.verify))
+
+    def __str__(self) -> str:
+        """Table of the modes."""
+        lines = ["mode     exits after   predicted ms a token   measured   x exits off"]
+        for option in (self.off, self.exit, self.verify):
+            exits = ", ".join(map(str, option.layers)) or "none"
+            measured = f"{1e3 * option.measured:8.1f}" if math.isfinite(option.measured) else "       -"
+            gain = self.off.predicted / option.predicted
+            lines.append(
+                f"{option.mode:<8} {exits:<13} {1e3 * option.predicted:20.1f}   {measured} {gain:13.2f}"
+            )
+        return "\n".join(lines)
+
+
+@torch.no_grad()
+def measure_costs(trunk: Trunk, heads: ExitHeads, decide: Callable[[torch.Tensor], Any]) -> Costs:
+    """Time layers, output matrix and heads on this machine, each alone, medians of several runs.
+
+    Parameters
+    ----------
+    decide
+        Takes the decision on a head's logits (1, S).
+    """
+    tokens = torch.zeros(1, _CONTEXT, dtype=torch.int64, device=trunk.device)
+    cache = trunk.new_cache()
+    hidden = trunk.embed(tokens, _positions(trunk, 0, _CONTEXT))
+    trunk.run(hidden, 0, trunk.num_layers, cache=cache, positions=_positions(trunk, 0, _CONTEXT))
+    layer, output = [], []
+    for rows in _ROWS:
+        new = hidden[:, :rows]
+
+        def layers(new: torch.Tensor = new, rows: int = rows) -> None:
+            cache.crop_to(0, trunk.num_layers, _CONTEXT)
+            trunk.run(
+                new, 0, trunk.num_layers, cache=cache, positions=_positions(trunk, _CONTEXT, _CONTEXT + rows)
+            )
+
+        layer.append(_seconds(layers, trunk) / trunk.num_layers)
+        output.append(_seconds(partial(_choose, trunk, new), trunk))
+    asked = tuple(
+        _seconds(partial(_ask, heads.after(at), hidden[:, 0], decide), trunk) for at in heads.layers
+    )
+    one = tokens[:, :1]
+    step = _seconds(lambda: trunk.embed(one, _positions(trunk, 0, 1)), trunk)
+    return Costs(tuple(layer), tuple(output), asked, step)
+
+
+def make_plan(
+    costs: Costs,
+    scores: Scores,
+    layers: Sequence[int],
+    num_layers: int,
+    thresholds_at: Callable[[float], Sequence[float]],
+    eps: float,
+) -> Plan:
+    """Replay the scored text with every set of exits, and take the fastest of each mode.
+
+    Parameters
+    ----------
+    scores
+        Of text the full model wrote, sequence by sequence.
+    thresholds_at
+        Thresholds of all heads for a target accuracy.
+    eps
+        The target accuracy of exit mode.
+    """
+    replay = _Replay(costs, scores, layers, num_layers)
+    nothing = tuple(math.inf for _ in layers)
+    off = Option("off", None, (), nothing, replay.exit(nothing))
+    considered = [off]
+    for mode, targets in (("exit", (eps,)), ("verify", _VERIFY_EPS)):
+        run = replay.exit if mode == "exit" else replay.verify
+        for target, kept in itertools.product(targets, _subsets(len(layers))):
+            known = thresholds_at(target)
+            chosen = tuple(float(known[index]) if index in kept else math.inf for index in range(len(layers)))
+            on = tuple(layers[index] for index in kept)
+            considered.append(Option(mode, target, on, chosen, run(chosen)))
+
+    def best(mode: str) -> Option:
+        fastest = min((item for item in considered if item.mode == mode), key=lambda item: item.predicted)
+        if fastest.predicted < (1 - _WORTH) * off.predicted:
+            return fastest
+        return Option(mode, fastest.eps, (), nothing, off.predicted)
+
+    return Plan(costs, off, best("exit"), best("verify"), tuple(considered))
+
+
+class _Replay:
+    """Counts what decoding a scored text would run, and adds up its time."""
+
+    def __init__(self, costs: Costs, scores: Scores, layers: Sequence[int], num_layers: int) -> None:
+        self.costs, self.layers, self.num_layers = costs, tuple(layers), num_layers
+        self.margins = scores.scores[:, :_REPLAYED].astype(np.float64)
+        self.correct = scores.correct[:, :_REPLAYED]
+        groups = scores.groups[:_REPLAYED]
+        self.starts = np.append(True, groups[1:] != groups[:-1])
+
+    def exit(self, thresholds: Sequence[float]) -> float:
+        """Seconds a token in exit mode."""
+        walk = _Walk(self.costs, self.layers, self.num_layers, thresholds)
+        exits = self._first_exit(thresholds)
+        for start, at in zip(self.starts.tolist(), exits.tolist(), strict=True):
+            if start:
+                walk.clear()
+            walk.token(at)
+            if at == len(self.layers):
+                walk.output(1)
+        return walk.seconds / len(exits)
+
+    def verify(self, thresholds: Sequence[float]) -> float:
+        """Seconds a kept token in verify mode.
+
+        What heads say after a wrong draft is not known; what they say of the right text there stands in for it.
+        """
+        walk = _Walk(self.costs, self.layers, self.num_layers, thresholds)
+        exits = self._first_exit(thresholds).tolist()
+        whole = len(self.layers)
+        wrong: int | None = None
+        at, drafts = 0, 0
+        while at < len(exits):
+            if self.starts[at] and wrong is None:
+                walk.clear()
+                drafts = 0
+            exit_at = exits[at]
+            walk.token(exit_at)
+            if exit_at < whole:
+                drafts += 1
+                if wrong is None and not self.correct[exit_at, at]:
+                    wrong = at
+                at += 1
+                # The end of a text confirms what is drafted.
+                if at < len(exits) and not self.starts[at]:
+                    continue
+                walk.flush()
+            walk.output(drafts + 1)
+            at = at + (exit_at == whole) if wrong is None else wrong + 1
+            wrong, drafts = None, 0
+        return walk.seconds / len(exits)
+
+    def _first_exit(self, thresholds: Sequence[float]) -> NDArray[np.int64]:
+        reached = self.margins >= np.asarray(thresholds)[:, None]
+        return np.where(reached.any(axis=0), reached.argmax(axis=0), len(self.layers)).astype(np.int64)
+
+
+class _Walk:
+    """Positions that wait before each segment, and the time spent."""
+
+    def __init__(
+        self, costs: Costs, layers: tuple[int, ...], whole: int, thresholds: Sequence[float]
+    ) -> None:
+        self.costs = costs
+        self.on = [index for index, threshold in enumerate(thresholds) if threshold <= 1]
+        bounds = (0, *(layers[index] for index in self.on), whole)
+        self.sizes = [last - first for first, last in itertools.pairwise(bounds)]
+        self.seconds = 0.0
+        self.clear()
+
+    def clear(self) -> None:
+        self.waiting = [0] * len(self.sizes)
+
+    def token(self, exit_at: int) -> None:
+        """Run the segments a token needs that leaves at exit number ``exit_at``, and ask the heads on the way."""
+        self.seconds += self.costs.step
+        self.waiting[0] += 1
+        for segment in range(len(self.sizes)):
+            self._run(segment)
+            if segment < len(self.on):
+                self.seconds += self.costs.heads[self.on[segment]]
+                if self.on[segment] == exit_at:
+                    return
+
+    def flush(self) -> None:
+        for segment in range(len(self.sizes)):
+            self._run(segment)
+
+    def output(self, rows: int) -> None:
+        self.seconds += self.costs.outputs(rows)
+
+    def _run(self, segment: int) -> None:
+        rows = self.waiting[segment]
+        if rows:
+            self.seconds += self.costs.layers(self.sizes[segment], rows)
+            self.waiting[segment] = 0
+            if segment + 1 < len(self.waiting):
+                self.waiting[segment + 1] += rows
+
+
+def _subsets(count: int) -> list[tuple[int, ...]]:
+    """Every set of exits but the empty one; beyond eight exits, sets of up to two."""
+    sizes = range(1, (count if count <= 8 else 2) + 1)
+    return [kept for size in sizes for kept in itertools.combinations(range(count), size)]
+
+
+def _between(known: Sequence[float], rows: int) -> float:
+    if rows <= _ROWS[-1]:
+        return float(np.interp(rows, _ROWS, known))
+    return known[-1] * rows / _ROWS[-1]
+
+
+def _positions(trunk: Trunk, first: int, last: int) -> torch.Tensor:
+    return torch.arange(first, last, device=trunk.device)[None]
+
+
+def _choose(trunk: Trunk, hidden: torch.Tensor) -> torch.Tensor:
+    return trunk.logits(hidden).argmax(dim=-1)
+
+
+def _ask(head: ExitHead, hidden: torch.Tensor, decide: Callable[[torch.Tensor], Any]) -> Any:
+    return decide(head(hidden))
+
+
+def _seconds(work: Callable[[], Any], trunk: Trunk) -> float:
+    taken = []
+    for turn in range(_REPEATS + 3):
+        start = time.perf_counter()
+        work()
+        if trunk.device.type == "cuda":
+            torch.cuda.synchronize(trunk.device)
+        if turn >= 3:
+            taken.append(time.perf_counter() - start)
+    return median(taken)
