@@ -16,6 +16,7 @@ import transformers
 from offramp.cli import showcase
 from offramp.cli.app import run
 from offramp.evaluation.demo import DemoConfig, run_demo
+from offramp.evaluation.tables import read_csv
 
 WORDS = ["<pad>", "<s>", "<unk>", "</s>", *"abcdefgh"]
 LAYERS = (2, 4)
@@ -140,20 +141,67 @@ def test_sampling_follows_the_seed(workplace):
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_evaluation_checks_every_target(workplace):
+def test_evaluation_checks_every_target(workplace, tmp_path):
     folder = workplace[0]
     arguments = (
-        "evaluate", folder / "exits", "--eps", ".3,.6", "--count", "3", "--timed", "1", "-n", "10",
-        "--prompts", folder / "others.txt", "--device", "cpu", "-q",
+        "evaluate", folder / "exits", "--eps", ".3,.6", "--grid", ".2,.3,.9", "--count", "3", "--timed", "2",
+        "-n", "10", "--prompts", folder / "prompts.txt", "--device", "cpu", "-q",
+    )  # fmt: skip
+    found = json.loads(succeed(*arguments, "--json", "-o", tmp_path / "found"))
+    assert [row["eps"] for row in found["decoded"]] == [0.3, 0.6]
+    for row in found["decoded"]:
+        assert sum(row[f"exits_{layer}"] for layer in (*LAYERS, 6)) == row["tokens"]
+        assert 0 <= row["agreement_low"] <= row["agreement"] <= row["agreement_high"] <= 1
+    assert [row["eps"] for row in found["forced"]] == [0.2, 0.3, 0.9]
+    layers = [row["mean_layers"] for row in found["forced"]]
+    assert layers == sorted(layers)
+    assert all(row["predicted_ms"] > 0 for row in found["forced"])
+    assert len(found["confidence"]) == 2 * 3
+    assert len(found["reliability"]) == 2 * 15
+    assert len(found["speed"]) == 4
+    assert found["speed"][0]["same_tokens"] is True
+    for name in ("forced", "decoded", "confidence", "reliability", "speed"):
+        stored = read_csv(tmp_path / "found" / f"{name}.csv")
+        for row, expected in zip(stored, found[name], strict=True):
+            for key, value in expected.items():
+                # JSON has null for what is NaN here, and for the threshold of a head that never exits.
+                assert row[key] == value or (value is None and (math.isinf(row[key]) or math.isnan(row[key])))
+    assert json.loads((tmp_path / "found" / "evaluation.json").read_text()) == found
+    assert "Decoded" in succeed(*arguments)
+
+
+def test_several_head_sets_are_evaluated_together(workplace, tmp_path):
+    folder = workplace[0]
+    others = tmp_path / "others"
+    succeed(
+        "train", folder / "tiny", "--layers", "3", "-o", others, "--tokens", "200", "--head", "linear",
+        "--prompts", folder / "prompts.txt", "--device", "cpu", "-q",
+    )  # fmt: skip
+    arguments = ("evaluate", folder / "exits", others, "--count", "2", "--timed", "0", "-n", "6")
+    arguments += (
+        "--device",
+        "cpu",
+        "-q",
+        "--prompts",
+        folder / "prompts.txt",
+        "--eps",
+        ".4",
+        "--grid",
+        ".3,.5",
+    )
+    assert "others is not calibrated" in refuse(*arguments)
+    succeed(
+        "calibrate", others, "--tokens", "100", "--eps", ".4", "--device", "cpu", "-q",
+        "--prompts", folder / "others.txt",
     )  # fmt: skip
     found = json.loads(succeed(*arguments, "--json"))
-    assert [item["eps"] for item in found["decoded"]] == [0.3, 0.6]
-    for item in found["decoded"]:
-        assert sum(item["exits"].values()) == item["tokens"]
-        assert 0 <= item["agreement"] <= 1
-    assert found["speed"]["same_tokens"] is True
-    assert len(found["speed"]["tokens_per_second"]) == 4
-    assert "Agreement" in succeed(*arguments)
+    assert {row["heads"] for row in found["forced"]} == {"exits", "others"}
+    assert {(row["heads"], row["layer"]) for row in found["confidence"]} == {
+        ("exits", 2), ("exits", 4), ("others", 3),
+    }  # fmt: skip
+    assert len(found["decoded"]) == 1
+    assert found["speed"] == []
+    assert "twice" in refuse("evaluate", others, others)
 
 
 def test_evaluation_agrees_with_the_models_own_count(workplace):
@@ -207,6 +255,9 @@ def test_evaluation_agrees_with_the_models_own_count(workplace):
         (["generate", "{}/exits", "a", "-n", "400"], "256"),
         (["generate", "{}/exits", "a", "--model", "{}/other"], "model"),
         (["evaluate", "{}/exits", "--eps", ".5,1"], "eps"),
+        (["evaluate", "{}/exits", "--grid", "-.1,.5"], "eps"),
+        (["evaluate", "{}/exits", "--grid", ".5,x"], "grid"),
+        (["evaluate", "{}/exits", "{}/nowhere"], "nowhere"),
         (["evaluate", "{}/torn"], "heads.safetensors"),
     ],
 )  # fmt: skip

@@ -191,8 +191,9 @@ def test_agreement_counts_tokens():
     assert item.early_agreement == 2 / 3
     assert item.early == pytest.approx(3 / 5)
     assert item.mean_layers == pytest.approx((3 * 2 + 2 * 4) / 5)
-    # a = (2, 2), n = (3, 2), p = .8: residuals -.4 and .4.
-    assert item.agreement_error() == pytest.approx(math.sqrt(2 * (0.16 + 0.16)) / 5)
+    # Two prompts are drawn as one of 2/3, both, or one of 1.
+    assert item.intervals["agreement"] == pytest.approx((2 / 3, 1))
+    assert item.intervals["mean_layers"] == pytest.approx((8 / 3, 3))
     assert math.isnan(Decoded(0.9, (0.5,), (2, 4), (make((4, True)),)).early_agreement)
 
 

@@ -182,15 +182,26 @@ def generate(
 
 
 @click.command()
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folders", type=click.Path(path_type=Path), nargs=-1, required=True, metavar="FOLDER...")
 @click.option(
-    "--eps", type=EPS_LIST, default="0.8,0.9,0.95", show_default=True, help="Target accuracies, in (0, 1)."
+    "--eps",
+    type=EPS_LIST,
+    default="0.8,0.9,0.95",
+    show_default=True,
+    help="Target accuracies to decode at, in (0, 1).",
 )
-@click.option("--count", type=COUNT, default=24, show_default=True, help="Prompts to decode.")
+@click.option(
+    "--grid",
+    type=EPS_LIST,
+    default="0.5,0.55,0.6,0.65,0.7,0.75,0.8,0.85,0.9,0.925,0.95,0.97,0.98,0.99",
+    help="Target accuracies for the teacher-forced pass, in (0, 1)  [default: 14 from 0.5 to 0.99].",
+)
+@click.option("--count", type=COUNT, default=24, show_default=True, help="Prompts to evaluate on.")
 @click.option(
     "--timed", type=click.IntRange(0), default=5, show_default=True, help="How many of them to time."
 )
 @click.option("-n", "--max-new-tokens", type=COUNT, default=48, show_default=True)
+@click.option("-o", "--output", type=FOLDER, help="Folder for every number as CSV and JSON.")
 @click.option("--model", help="The base model, if the folder's own name for it does not lead to it.")
 @prompts_option
 @where_options
@@ -198,24 +209,37 @@ def generate(
 def evaluate(
     session: Session,
     *,
-    folder: Path,
+    folders: tuple[Path, ...],
     eps: tuple[float, ...],
+    grid: tuple[float, ...],
     count: int,
     timed: int,
     max_new_tokens: int,
+    output: Path | None,
     model: str | None,
     prompts: Path | None,
     dtype: str | None,
     device: str | None,
 ) -> None:
-    """Measure agreement, exits and speed.
+    """Measure agreement, exits, confidence and speed.
 
-    Decodes held-out prompts with the heads in FOLDER, and checks every token against the full model.
+    On held-out prompts, with the heads in each FOLDER: one pass over the full model's own text shows what any ε
+    would do, and how well each confidence sorts.  The heads in the first FOLDER also decode, every token is checked
+    against the full model, and some prompts are timed beside plain transformers.  Intervals are bootstrapped over the
+    prompts.
     """
     from offramp.cli import pipeline  # noqa: PLC0415 - see the module's docstring
 
-    pipeline.check_eps_list(eps)
-    ee = pipeline.open_exits(session, folder, model=model, dtype=dtype, device=device)
+    pipeline.check_eps_list((*eps, *grid))
+    exits = pipeline.open_head_sets(session, folders, model=model, dtype=dtype, device=device)
     pipeline.evaluate(
-        session, ee, eps=eps, count=count, timed=timed, max_new_tokens=max_new_tokens, prompts=prompts
+        session,
+        exits,
+        grid=grid,
+        eps=eps,
+        count=count,
+        timed=timed,
+        max_new_tokens=max_new_tokens,
+        output=output,
+        prompts=prompts,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,14 @@ import torch
 import transformers
 
 from offramp.cli import views
-from offramp.cli.session import Session
+from offramp.cli.session import Session, plain
 from offramp.errors import InputError
-from offramp.evaluation.decoded import decode_prompts, model_inputs, split_text
-from offramp.evaluation.speed import measure_speed
+from offramp.evaluation import evaluate as evaluation
+from offramp.evaluation.decoded import model_inputs, split_text
+from offramp.evaluation.tables import write_csv
 from offramp.llm.calibrating import check_eps
 from offramp.llm.decoding import EarlyExitOutput
+from offramp.llm.files import write_json
 from offramp.llm.heads import HeadConfig
 from offramp.llm.loading import load_model
 from offramp.llm.model import EarlyExitModel
@@ -61,6 +64,23 @@ def open_exits(
         return EarlyExitModel.from_pretrained(folder, dtype=dtype, device=device)
     base, tokenizer = load_model(model, dtype=dtype, device=device)
     return EarlyExitModel.from_pretrained(folder, model=base, tokenizer=tokenizer)
+
+
+def open_head_sets(
+    session: Session, folders: Sequence[Path], *, model: str | None, dtype: str | None, device: str | None
+) -> dict[str, EarlyExitModel]:
+    """Load several head sets on one base model, each under its folder's name."""
+    names = [folder.name if len(folders) > 1 else str(folder) for folder in folders]
+    if len(set(names)) < len(names):
+        names = [str(folder) for folder in folders]
+    if len(set(names)) < len(names):
+        raise InputError("FOLDER names the same heads twice: name each folder once")
+    first = open_exits(session, folders[0], model=model, dtype=dtype, device=device)
+    others = [
+        EarlyExitModel.from_pretrained(folder, model=first.model, tokenizer=first.tokenizer)
+        for folder in folders[1:]
+    ]
+    return dict(zip(names, [first, *others], strict=True))
 
 
 def head_config(kind: str, shortlist: int | None, init: str) -> HeadConfig:
@@ -171,33 +191,43 @@ def generate(
 
 def evaluate(
     session: Session,
-    ee: EarlyExitModel,
+    exits: dict[str, EarlyExitModel],
     *,
+    grid: tuple[float, ...],
     eps: tuple[float, ...],
     count: int,
     timed: int,
     max_new_tokens: int,
+    output: Path | None,
     prompts: Path | None,
 ) -> None:
-    """Decode held-out prompts at every ε, check every token, and time some."""
+    """Read, decode and time prompts with head sets, and show and store what was found."""
     texts = (read_prompts(prompts) or shipped_prompts("held_out"))[:count]
-    decoded = []
     with session.progress() as progress:
-        for number, target in enumerate(eps):
-            decoded.append(decode_prompts(ee, texts, eps=target, max_new_tokens=max_new_tokens))
-            if progress is not None:
-                progress("decoding", number + 1, len(eps))
-        speed = (
-            measure_speed(ee, texts[:timed], eps=eps, max_new_tokens=max_new_tokens, progress=progress)
-            if timed
-            else None
+        found = evaluation.evaluate(
+            exits,
+            texts,
+            grid=grid,
+            eps=eps,
+            max_new_tokens=max_new_tokens,
+            timed=timed,
+            say=session.say,
+            progress=progress,
         )
-    session.show(views.agreement_table(decoded))
-    if speed is not None:
-        session.show(views.speed_table(speed))
-    session.result(
-        {"decoded": [item.summary() for item in decoded], "speed": speed.to_dict() if speed else None}
-    )
+    tables = found.tables()
+    session.show(*views.forced_tables(found.forced), views.confidence_table(tables["confidence"]))
+    if found.decoded:
+        session.show(views.agreement_table(found.decoded))
+    if found.speed is not None:
+        session.show(views.speed_table(found.speed))
+    result = {"model": found.model, **tables, "machine": found.machine}
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        for name, rows in tables.items():
+            write_csv(output / f"{name}.csv", rows)
+        write_json(output / "evaluation.json", plain(result))
+        session.show(f"Every number: {output}")
+    session.result(result)
 
 
 def check_eps_list(eps: tuple[float, ...]) -> None:

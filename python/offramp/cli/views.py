@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 from rich.text import Text
@@ -13,6 +13,7 @@ from offramp.evaluation.palette import backgrounds
 
 if TYPE_CHECKING:
     from offramp.evaluation.decoded import Decoded
+    from offramp.evaluation.forced import Point
     from offramp.evaluation.speed import Speed
     from offramp.llm.training import HeadMetrics
 
@@ -44,11 +45,12 @@ def legend(layers: Sequence[int], counts: Mapping[int, int]) -> Text:
 def agreement_table(decoded: Sequence[Decoded]) -> Table:
     """Tabulate agreement with the full model against ε."""
     table = _table(
-        f"Agreement with the full model, on about {decoded[0].tokens:,} held-out tokens",
+        f"Decoded: agreement with the full model, on about {decoded[0].tokens:,} held-out tokens",
         "ε",
         "all tokens",
-        "± s.e.",
+        "95% interval",
         "early tokens",
+        "95% interval",
         "left early",
         "layers a token",
     )
@@ -56,10 +58,68 @@ def agreement_table(decoded: Sequence[Decoded]) -> Table:
         table.add_row(
             f"{item.eps:g}",
             percent(item.agreement),
-            percent(item.agreement_error()),
+            between(item.intervals["agreement"]),
             percent(item.early_agreement),
+            between(item.intervals["early_agreement"]),
             percent(item.early),
             f"{item.mean_layers:.1f} of {item.layers[-1]}",
+        )
+    return table
+
+
+def forced_tables(forced: Mapping[str, Sequence[Point]]) -> list[Table]:
+    """Tabulate what any ε would do, a table for each head set."""
+    tables = []
+    for name, points in forced.items():
+        table = _table(
+            f"{name}: what any ε would do on {sum(points[0].exits.values()):,} tokens the full model wrote",
+            "ε",
+            "all tokens",
+            "early tokens",
+            "95% interval",
+            "left early",
+            "layers a token",
+            "ms a token, predicted",
+        )
+        for point in points:
+            shares = point.shares
+            table.add_row(
+                f"{point.eps:g}",
+                percent(shares.agreement),
+                percent(shares.early_agreement),
+                between(shares.intervals["early_agreement"]),
+                percent(shares.early),
+                f"{shares.mean_layers:.1f} of {max(point.exits)}",
+                f"{1e3 * point.predicted:.1f}",
+            )
+        tables.append(table)
+    return tables
+
+
+def confidence_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Tabulate how well each confidence sorts: rows of `Evaluation.tables`."""
+    table = _table(
+        "How well each confidence sorts right from wrong (areas: smaller is better)",
+        "heads",
+        "after layer",
+        "confidence",
+        "AURC",
+        "95% interval",
+        "E-AURC",
+        "AUGRC",
+        "ECE",
+    )
+    for row in rows:
+        ece = f"{row['ece']:.3f}" if math.isfinite(row["ece"]) else "–"
+        table.add_row(
+            row["heads"],
+            str(row["layer"]),
+            row["confidence"],
+            f"{row['aurc']:.4f}",
+            f"{row['aurc_low']:.4f}–{row['aurc_high']:.4f}",
+            f"{row['e_aurc']:.4f}",
+            f"{row['augrc']:.4f}",
+            ece,
         )
     return table
 
@@ -67,9 +127,12 @@ def agreement_table(decoded: Sequence[Decoded]) -> Table:
 def speed_table(speed: Speed) -> Table:
     """Tabulate tokens a second, every contender on the same prompts."""
     prompts = len(next(iter(speed.tokens_per_second.values())))
-    table = _table(f"Speed, batch 1, medians over {prompts} prompts", "", "tokens/s", "× transformers")
+    table = _table(
+        f"Speed, batch 1, medians over {prompts} prompts", "", "tokens/s", "× transformers", "95% interval"
+    )
     for name in speed.tokens_per_second:
-        table.add_row(name, f"{speed.median(name):.1f}", f"{speed.ratio(name):.2f}")
+        low, high = speed.ratio_interval(name)
+        table.add_row(name, f"{speed.median(name):.1f}", f"{speed.ratio(name):.2f}", f"{low:.2f}–{high:.2f}")
     table.caption = (
         "exits off wrote the tokens of plain transformers, every one"
         if speed.same_tokens
@@ -90,6 +153,11 @@ def metrics_table(metrics: Sequence[HeadMetrics]) -> Table:
 def percent(value: float) -> str:
     """Format a share; a dash for what has no value."""
     return f"{value:.1%}" if math.isfinite(value) else "–"
+
+
+def between(bounds: tuple[float, float]) -> str:
+    """Format an interval of shares; a dash for one that is not known."""
+    return f"{percent(bounds[0])}–{percent(bounds[1])}" if math.isfinite(bounds[0]) else "–"
 
 
 def _styles(layers: Sequence[int]) -> dict[int, str]:

@@ -10,11 +10,13 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
 
 from offramp.errors import InputError
+from offramp.evaluation.shares import Shares
 from offramp.llm.decoding import EarlyExitOutput
 from offramp.llm.model import EarlyExitModel
 from offramp.llm.scoring import Scores
@@ -35,12 +37,18 @@ class Token:
         The exit head's margin; None where the whole model answered.
     agrees : bool
         Whether it is the full model's first choice given the text before it.
+    heads : tuple of (int, str, float)
+        Of every head, shallow to deep, also of those decoding did not ask: its layer, its first choice, its margin.
+    model_choice : str
+        The full model's first choice.
     """
 
     text: str
     layer: int
     margin: float | None
     agrees: bool
+    heads: tuple[tuple[int, str, float], ...] = ()
+    model_choice: str = ""
 
 
 @dataclass(frozen=True)
@@ -103,20 +111,13 @@ class Decoded:
         """Mean depth of the exits, in layers a token."""
         return sum(layer * count for layer, count in self.exits.items()) / self.tokens
 
-    def agreement_error(self) -> float:
-        """Estimate the standard error of `agreement`; passages are independent, their tokens are not.
-
-        The ratio estimator's: ``sqrt(G/(G-1) * sum_g (a_g - p n_g)^2) / N`` for G passages of n_g tokens,
-        a_g of them agreeing.  NaN with a single passage.
-        """
-        counts = np.array(
-            [[sum(t.agrees for t in p.tokens), len(p.tokens)] for p in self.passages], dtype=float
-        )
-        groups = len(counts)
-        if groups < 2:
-            return float("nan")
-        residuals = counts[:, 0] - self.agreement * counts[:, 1]
-        return float(np.sqrt(groups / (groups - 1) * np.sum(residuals**2)) / counts[:, 1].sum())
+    @cached_property
+    def intervals(self) -> dict[str, tuple[float, float]]:
+        """95% bootstrap intervals over the prompts of the four shares above, by name; NaN with a single prompt."""
+        groups = np.repeat(np.arange(len(self.passages)), [len(passage.tokens) for passage in self.passages])
+        tokens = [token for passage in self.passages for token in passage.tokens]
+        agrees, depths = (np.array([getattr(t, name) for t in tokens]) for name in ("agrees", "layer"))
+        return Shares.of(groups, agrees, depths, self.layers[-1]).intervals
 
     def summary(self) -> dict[str, Any]:
         """Give the numbers without the text, as plain values for JSON."""
@@ -127,9 +128,9 @@ class Decoded:
             "exits": self.exits,
             "early": self.early,
             "agreement": self.agreement,
-            "agreement_standard_error": self.agreement_error(),
             "early_agreement": self.early_agreement,
             "mean_layers": self.mean_layers,
+            "intervals": self.intervals,
         }
 
     def to_dict(self) -> dict[str, Any]:
@@ -146,7 +147,7 @@ class Decoded:
             tuple(math.inf if tau is None else tau for tau in stored["thresholds"]),
             tuple(stored["layers"]),
             tuple(
-                Passage(passage["prompt"], tuple(Token(**token) for token in passage["tokens"]))
+                Passage(passage["prompt"], tuple(_token(token) for token in passage["tokens"]))
                 for passage in stored["passages"]
             ),
         )
@@ -154,6 +155,11 @@ class Decoded:
     def _share(self, layers: Sequence[int]) -> float:
         agrees = [t.agrees for passage in self.passages for t in passage.tokens if t.layer in layers]
         return sum(agrees) / len(agrees) if agrees else float("nan")
+
+
+def _token(stored: Mapping[str, Any]) -> Token:
+    heads = tuple((layer, choice, margin) for layer, choice, margin in stored["heads"])
+    return Token(**{**stored, "heads": heads})
 
 
 def decode_prompts(
@@ -236,13 +242,20 @@ def _passages(
 ) -> list[Passage]:
     agrees = scores.emitted == scores.model_choices
     place = {layer: index for index, layer in enumerate(ee.layers)}
+    write = cache(ee.tokenizer.decode)
     passages, start = [], 0
     for prompt, sequence, depths in zip(prompts, sequences, exits, strict=True):
         pieces = split_text(ee.tokenizer, sequence.tokens[sequence.prompt_length :].tolist())
         tokens = []
         for offset, (piece, depth) in enumerate(zip(pieces, depths, strict=True)):
-            margin = float(scores.scores[place[depth], start + offset]) if depth in place else None
-            tokens.append(Token(piece, depth, margin, bool(agrees[start + offset])))
+            at = start + offset
+            heads = tuple(
+                (layer, write(int(scores.choices[index, at])), float(scores.scores[index, at]))
+                for layer, index in place.items()
+            )
+            margin = heads[place[depth]][2] if depth in place else None
+            choice = write(int(scores.model_choices[at]))
+            tokens.append(Token(piece, depth, margin, bool(agrees[at]), heads, choice))
         start += len(tokens)
         passages.append(Passage(prompt, tuple(tokens)))
     return passages

@@ -13,11 +13,11 @@ import offramp
 from offramp import machine
 from offramp.errors import ModelError, StorageError
 from offramp.evaluation.decoded import Decoded, decode_prompts
+from offramp.evaluation.evaluate import name_of
 from offramp.evaluation.speed import Speed, measure_speed
 from offramp.llm.calibrating import Calibration
 from offramp.llm.files import read_json, sha256_of, write_json
 from offramp.llm.heads import HeadConfig
-from offramp.llm.loading import DEMO_MODEL
 from offramp.llm.model import EarlyExitModel
 from offramp.llm.prompts import prompts
 
@@ -161,10 +161,8 @@ def run_demo(
         progress=progress,
     )
     clock.lap("timing")
-    name = str(ee.model.config.name_or_path or "model")
-    name = DEMO_MODEL if name == "demo" else Path(name).name
     assert ee.calibration is not None
-    return DemoResult(name, ee.calibration, decoded, speed, reused, clock.laps, config)
+    return DemoResult(name_of(ee), ee.calibration, decoded, speed, reused, clock.laps, config)
 
 
 def _train(

@@ -58,12 +58,15 @@ def _agreement(ax: Any, result: DemoResult) -> None:
     targets = [item.eps for item in result.decoded]
     low = min(targets) - 0.05
     ax.plot([low, 1], [low, 1], color=_TEXT, alpha=0.4, linewidth=1, linestyle="--", label="what ε asks for")
-    errors = [2 * _finite(item.agreement_error()) for item in result.decoded]
     early, everything = _mark(0), _mark(1)
+    errors = [
+        [_finite(abs(bound - item.agreement)) for bound in item.intervals["agreement"]]
+        for item in result.decoded
+    ]
     ax.errorbar(
         targets,
         [item.agreement for item in result.decoded],
-        yerr=errors,
+        yerr=list(zip(*errors, strict=True)),
         color=everything,
         marker="o",
         capsize=3,

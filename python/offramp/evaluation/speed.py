@@ -9,7 +9,10 @@ from functools import partial
 from statistics import median
 from typing import Any
 
+import numpy as np
+
 from offramp.evaluation.decoded import model_inputs
+from offramp.evaluation.metrics import interval
 from offramp.llm.model import EarlyExitModel
 
 PLAIN = "transformers generate, KV cache"
@@ -43,11 +46,18 @@ class Speed:
         pairs = zip(self.tokens_per_second[name], self.tokens_per_second[to], strict=True)
         return median(one / other for one, other in pairs)
 
+    def ratio_interval(self, name: str, to: str = PLAIN) -> tuple[float, float]:
+        """95% bootstrap interval of `ratio` over the prompts; NaN with a single prompt."""
+        ratios = np.array(self.tokens_per_second[name]) / np.array(self.tokens_per_second[to])
+        low, high = interval(np.arange(len(ratios)), lambda picked: np.median(ratios[picked]))
+        return low, high
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return {
             "tokens_per_second": {name: self.median(name) for name in self.tokens_per_second},
             "ratio_to_transformers": {name: self.ratio(name) for name in self.tokens_per_second},
+            "ratio_interval": {name: self.ratio_interval(name) for name in self.tokens_per_second},
             "prompts": len(self.tokens_per_second[PLAIN]),
             "same_tokens": self.same_tokens,
             "max_new_tokens": self.max_new_tokens,

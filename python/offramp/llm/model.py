@@ -120,6 +120,16 @@ class EarlyExitModel:
         """Layers of the model, L."""
         return self._trunk.num_layers
 
+    @property
+    def trunk(self) -> Trunk:
+        """The model in segments; for `offramp.evaluation`, which reads more from it than `score` gives."""
+        return self._trunk
+
+    @property
+    def heads_in_use(self) -> ExitHeads:
+        """The heads in the model's dtype, as `generate` and `score` use them; refused where none are trained."""
+        return self._trained_heads()
+
     def train_heads(
         self,
         tokens: int = 50_000,

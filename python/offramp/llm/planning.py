@@ -189,7 +189,7 @@ def make_plan(
     eps
         The target accuracy of exit mode.
     """
-    replay = _Replay(costs, scores, layers, num_layers)
+    replay = Replay(costs, scores, layers, num_layers)
     nothing = tuple(math.inf for _ in layers)
     off = Option("off", None, (), nothing, replay.exit(nothing))
     considered = [off]
@@ -210,7 +210,7 @@ def make_plan(
     return Plan(costs, off, best("exit"), best("verify"), tuple(considered))
 
 
-class _Replay:
+class Replay:
     """Counts what decoding a scored text would run, and adds up its time."""
 
     def __init__(self, costs: Costs, scores: Scores, layers: Sequence[int], num_layers: int) -> None:
