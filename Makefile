@@ -47,6 +47,7 @@ lint: $(VENV)/.tested ## Formatting, clippy, ruff, mypy
 
 .PHONY: bench
 bench: $(VENV)/.tested ## Time offramp beside its peers on this machine
+	@$(INSTALL) --editable '.[bench]'
 	$(PY) -m pytest benches --benchmark-enable --benchmark-only $(ARGS)
 
 .PHONY: wheel
@@ -63,7 +64,7 @@ clean: ## Remove everything these commands made, the demo's runs included
 .PHONY: cargo
 cargo:
 	@command -v cargo >/dev/null || { \
-		echo 'cargo was not found: install Rust 1.88 or newer from https://rustup.rs, open a new shell and run make again.' >&2; \
+		echo 'cargo was not found: install Rust 1.89 or newer from https://rustup.rs, open a new shell and run make again.' >&2; \
 		exit 2; }
 
 # The first Python that is new enough; torch installed beside it is shared instead of installed again.

@@ -1,9 +1,11 @@
-"""Every way the core can take, forced, around the sizes where it changes its mind; results are always the same."""
+"""Every way the core can take, forced, around the sizes where it changes its mind; results are always the same.
+
+Instruction sets other than the fastest run these tests through test_instruction_sets.py.
+"""
 
 from __future__ import annotations
 
 import _thread
-import platform
 import signal
 import threading
 import time
@@ -14,27 +16,14 @@ from generators import CORRECT, DTYPES, SCORES, targets
 from offramp import fast_calibrate
 from test_calibration_differential import assert_same_bytes, by_numpy
 
-PATHS = [("sort", ""), ("fastest", "portable"), ("fastest", "avx2")]
 # Few samples, blocks of the scan, the table of 16-bit keys, pieces for threads.
 SIZES = (1, 2, 511, 512, 513, 1023, 1024, 1025, 1537, 4096, 8191, 8192, 8193, 20_000)
 LARGE = (65_536, 131_071, 131_072, 131_073, 262_145, 300_000)
 
 
-def flags() -> set[str]:
-    try:
-        with open("/proc/cpuinfo") as file:
-            return {flag for line in file if line.startswith("flags") for flag in line.split()}
-    except OSError:
-        return set()
-
-
-@pytest.fixture(params=PATHS, ids=" ".join)
+@pytest.fixture(params=["sort", "fastest"])
 def path(request, monkeypatch):
-    method, isa = request.param
-    if isa == "avx2" and (platform.machine() != "x86_64" or "avx2" not in flags()):
-        pytest.skip("this processor has no AVX2")
-    monkeypatch.setenv("OFFRAMP_CALIBRATION", method)
-    monkeypatch.setenv("OFFRAMP_ISA", isa)
+    monkeypatch.setenv("OFFRAMP_CALIBRATION", request.param)
     return request.param
 
 
@@ -121,16 +110,11 @@ def test_unknown_paths_are_refused(monkeypatch):
     monkeypatch.setenv("OFFRAMP_CALIBRATION", "guess")
     with pytest.raises(ValueError, match=r"method must be fastest or sort, not guess"):
         fast_calibrate([0.5], [1], 0.5)
-    monkeypatch.setenv("OFFRAMP_CALIBRATION", "")
-    monkeypatch.setenv("OFFRAMP_ISA", "abacus")
-    with pytest.raises(ValueError, match=r"isa must be one of portable.*, not abacus"):
-        fast_calibrate([0.5], [1], 0.5)
 
 
 @pytest.mark.parametrize("method", ["sort", "fastest"])
 def test_interrupts_are_answered(monkeypatch, method):
     monkeypatch.setenv("OFFRAMP_CALIBRATION", method)
-    monkeypatch.setenv("OFFRAMP_ISA", "portable")
     scores, correct = np.random.default_rng(0).random((16, 4_000_000)), np.zeros((16, 4_000_000), bool)
     raised = []
 

@@ -27,7 +27,6 @@ def fast_calibrate(
     by_index: bool,
     threads: int,
     method: str = "",
-    isa: str = "",
 ) -> NDArray[np.float64]: ...
 def sort_by_score(
     scores: NDArray[Any], dtype: str, correct: NDArray[np.uint8], threads: int

@@ -9,8 +9,7 @@ target accuracy eps is the lowest score at which the accepted set is accurate en
 Accuracy does not grow steadily with the threshold, so the search never bisects over it; the quotient is the
 float64 division, and nothing is accumulated in floating point.
 
-``OFFRAMP_CALIBRATION=sort`` in the environment sorts all samples instead of searching, ``OFFRAMP_ISA=portable`` (or
-``avx2``) picks the instructions of the search; results are the same.
+``OFFRAMP_CALIBRATION=sort`` in the environment sorts all samples instead of searching; the result is the same.
 """
 
 from __future__ import annotations
@@ -110,7 +109,6 @@ def fast_calibrate(
         rule == "index",
         as_thread_count(threads),
         os.environ.get("OFFRAMP_CALIBRATION", ""),
-        os.environ.get("OFFRAMP_ISA", ""),
     )
     if heads is None:
         return float(thresholds[0]) if single else thresholds

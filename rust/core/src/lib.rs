@@ -5,6 +5,7 @@
 mod curve;
 mod error;
 mod exhaust;
+mod isa;
 pub mod margin;
 mod order;
 mod run;
@@ -19,8 +20,8 @@ mod validate;
 
 pub use curve::{Curve, threshold_curve};
 pub use error::{Error, Position, Result};
+pub use isa::InstructionSet;
 pub use order::{Key, Score};
 pub use run::{Method, Run};
-pub use scan::InstructionSet;
 pub use sort::sort_by_score;
 pub use threshold::{Calibratable, Rule, fast_calibrate, fast_calibrate_heads};

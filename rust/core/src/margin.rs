@@ -16,6 +16,7 @@ mod lanes;
 pub use lanes::Logit;
 
 use crate::error::{Error, Result};
+use crate::isa::InstructionSet;
 
 /// The most likely token of a row and how far it is ahead.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -26,28 +27,12 @@ pub struct Top2 {
     pub margin: f32,
 }
 
-/// The instructions a decision is computed with; a value exists only where the processor has them.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct InstructionSet(arch::Kind);
-
-impl InstructionSet {
-    /// Every instruction set this processor can run, the fastest last.
-    pub fn available() -> Vec<Self> {
-        arch::Kind::available().into_iter().map(Self).collect()
-    }
-
-    /// Its name.
-    pub fn name(self) -> &'static str {
-        self.0.name()
-    }
-}
-
 /// The most likely token of one row of logits and its margin.
 ///
 /// # Errors
 /// An empty row, NaN or +inf in it, nothing but -inf.
 pub fn top2_margin<T: Logit>(isa: InstructionSet, logits: &[T]) -> Result<Top2> {
-    isa.0.top2_margin(logits).map_err(|fault| fault.in_row(0))
+    arch::top2_margin(isa, logits).map_err(|fault| fault.in_row(0))
 }
 
 /// [`top2_margin`] of every row of a (B, V) matrix; `tokens` and `margins` have length B and B divides the logits.
@@ -72,10 +57,7 @@ pub fn top2_margin_rows<T: Logit>(
     let outputs = tokens.iter_mut().zip(margins);
     for (index, (row, (token, margin))) in logits.chunks_exact(vocabulary).zip(outputs).enumerate()
     {
-        let top2 = isa
-            .0
-            .top2_margin(row)
-            .map_err(|fault| fault.in_row(index))?;
+        let top2 = arch::top2_margin(isa, row).map_err(|fault| fault.in_row(index))?;
         *token = top2.token as i64;
         *margin = top2.margin;
     }

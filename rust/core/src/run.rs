@@ -1,7 +1,7 @@
 //! How a computation runs: on how many threads, and whether it should go on.
 
 use crate::error::{Error, Result};
-use crate::scan::InstructionSet;
+use crate::isa::InstructionSet;
 use std::num::NonZero;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};

@@ -7,7 +7,6 @@ use crate::run::Run;
 use crate::samples::{BLOCK, Block, Lane, Samples};
 use crate::tally::Counts;
 pub(crate) use arch::Compress;
-pub use arch::InstructionSet;
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -62,7 +61,9 @@ pub(crate) fn survey<X: Samples>(
         .collect();
     let gathered = AtomicUsize::new(0);
     let isa = run.instruction_set();
-    let parts = run.map(pieces, |range| isa.scan(samples, range, plan, &gathered))?;
+    let parts = run.map(pieces, |range| {
+        arch::scan(isa, samples, range, plan, &gathered)
+    })?;
     let mut whole = Survey::new(plan);
     for (place, list) in whole.gathered.iter_mut().flatten().enumerate() {
         let parts = parts.iter().flat_map(|part| &part.gathered);

@@ -2,7 +2,8 @@
 
 use half::{bf16, f16};
 use offramp_core::Error;
-use offramp_core::margin::{InstructionSet, Logit, Top2, top2_margin, top2_margin_rows};
+use offramp_core::InstructionSet;
+use offramp_core::margin::{Logit, Top2, top2_margin, top2_margin_rows};
 use proptest::prelude::*;
 
 /// The first of the largest logits, and p(1) - p(2) from the sorted softmax.

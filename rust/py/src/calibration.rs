@@ -1,11 +1,12 @@
 //! Calibration: scores and flags in, thresholds out.
 
 use crate::error::refused;
+use crate::isa;
 use half::slice::HalfBitsSliceExt;
 use half::vec::HalfFloatVecExt;
 use half::{bf16, f16};
 use numpy::{IntoPyArray, PyArray1, PyReadonlyArray1};
-use offramp_core::{Error, InstructionSet, Method, Rule, Run};
+use offramp_core::{Error, Method, Rule, Run};
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use std::cell::{Cell, RefCell};
@@ -47,7 +48,7 @@ macro_rules! with_scores {
 
 /// Thresholds of one head, or of `heads` rows laid end to end, for every target: row-major float64.
 #[pyfunction]
-#[pyo3(signature = (scores, dtype, correct, heads, eps, by_index, threads, method="", isa=""))]
+#[pyo3(signature = (scores, dtype, correct, heads, eps, by_index, threads, method=""))]
 #[expect(
     clippy::too_many_arguments,
     reason = "a flat call costs the least to make from Python"
@@ -62,14 +63,13 @@ pub fn fast_calibrate<'py>(
     by_index: bool,
     threads: usize,
     method: &str,
-    isa: &str,
 ) -> PyResult<Bound<'py, PyArray1<f64>>> {
     let (correct, eps) = (correct.as_slice()?, eps.as_slice()?);
     let rule = if by_index { Rule::Index } else { Rule::Set };
-    let (method, isa) = (method_named(method)?, instruction_set_named(isa)?);
+    let method = method_named(method)?;
     with_scores!(scores, dtype, |scores| {
         let thresholds = detached(py, threads, |run| {
-            let run = run.with_method(method).with_instruction_set(isa);
+            let run = run.with_method(method);
             match heads {
                 None => offramp_core::fast_calibrate(scores, correct, eps, rule, &run),
                 Some(heads) => {
@@ -137,27 +137,13 @@ fn method_named(name: &str) -> PyResult<Method> {
     }
 }
 
-/// Instructions by their name; the fastest where none is named.
-fn instruction_set_named(name: &str) -> PyResult<InstructionSet> {
-    let available = InstructionSet::available();
-    let found = available
-        .iter()
-        .rfind(|isa| name.is_empty() || isa.name() == name);
-    found.copied().ok_or_else(|| {
-        let names: Vec<_> = available.iter().map(|isa| isa.name()).collect();
-        PyValueError::new_err(format!(
-            "isa must be one of {}, not {name}",
-            names.join(", ")
-        ))
-    })
-}
-
 /// Run the core with the GIL released, looking for Ctrl-C from time to time.
 fn detached<T: Send>(
     py: Python<'_>,
     threads: usize,
     work: impl FnOnce(Run<'_>) -> Result<T, Error> + Send,
 ) -> PyResult<T> {
+    let isa = isa::chosen()?;
     py.detach(|| {
         let asked = Cell::new(Instant::now());
         let raised = RefCell::new(None);
@@ -171,7 +157,8 @@ fn detached<T: Send>(
             raised.replace(signal);
             stop
         };
-        let result = work(Run::interruptible(threads, &interrupted));
+        let run = Run::interruptible(threads, &interrupted);
+        let result = work(run.with_instruction_set(isa));
         match raised.take() {
             Some(signal) => Err(signal),
             None => result.map_err(refused),

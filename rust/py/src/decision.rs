@@ -1,50 +1,13 @@
 //! `top2_margin` over numpy memory.
 
 use crate::error::refused;
+use crate::isa;
 use half::slice::HalfBitsSliceExt;
 use half::{bf16, f16};
 use numpy::{PyArray1, PyReadonlyArrayDyn, PyUntypedArrayMethods};
-use offramp_core::margin::{self, InstructionSet, Logit, Top2, top2_margin};
-use pyo3::exceptions::{PyTypeError, PyValueError};
+use offramp_core::margin::{self, Logit, Top2, top2_margin};
+use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
-use std::sync::LazyLock;
-
-/// Chosen once per process: the fastest, unless the environment names another.
-static INSTRUCTION_SET: LazyLock<Result<InstructionSet, String>> = LazyLock::new(|| {
-    let available = InstructionSet::available();
-    let wanted = std::env::var_os("OFFRAMP_ISA").map(|name| name.to_string_lossy().into_owned());
-    let found = available
-        .iter()
-        .rfind(|isa| wanted.as_deref().is_none_or(|name| name == isa.name()));
-    found.copied().ok_or_else(|| {
-        let wanted = wanted.as_deref().unwrap_or_default();
-        let names: Vec<_> = available.iter().map(|isa| isa.name()).collect();
-        format!(
-            "OFFRAMP_ISA is {wanted:?}: unset it, or use one this processor has: {}",
-            names.join(", ")
-        )
-    })
-});
-
-fn instruction_set() -> PyResult<InstructionSet> {
-    INSTRUCTION_SET.clone().map_err(PyValueError::new_err)
-}
-
-/// The name of the instruction set decisions are computed with.
-#[pyfunction]
-#[pyo3(name = "instruction_set")]
-pub fn instruction_set_name() -> PyResult<&'static str> {
-    instruction_set().map(InstructionSet::name)
-}
-
-/// The names of those this processor has, the slowest first; `OFFRAMP_ISA` takes one.
-#[pyfunction]
-pub fn instruction_sets() -> Vec<&'static str> {
-    InstructionSet::available()
-        .into_iter()
-        .map(InstructionSet::name)
-        .collect()
-}
 
 type Row = (usize, f32);
 type Rows<'py> = (Bound<'py, PyArray1<i64>>, Bound<'py, PyArray1<f32>>);
@@ -52,7 +15,7 @@ type Rows<'py> = (Bound<'py, PyArray1<i64>>, Bound<'py, PyArray1<f32>>);
 /// Token and margin of one row: float32, or uint16 holding what `dtype` names.
 #[pyfunction]
 pub fn top2_margin_row(logits: &Bound<'_, PyAny>, dtype: &str) -> PyResult<Row> {
-    let isa = instruction_set()?;
+    let isa = isa::chosen()?;
     let Top2 { token, margin } = match dtype {
         "float32" => top2_margin(
             isa,
@@ -96,7 +59,7 @@ pub fn top2_margin_rows<'py>(logits: &Bound<'py, PyAny>, dtype: &str) -> PyResul
 }
 
 fn of_rows<'py, T: Logit>(py: Python<'py>, logits: &[T], rows: usize) -> PyResult<Rows<'py>> {
-    let isa = instruction_set()?;
+    let isa = isa::chosen()?;
     let (mut tokens, mut margins) = (vec![0; rows], vec![0.0; rows]);
     py.detach(|| margin::top2_margin_rows(isa, logits, &mut tokens, &mut margins))
         .map_err(refused)?;

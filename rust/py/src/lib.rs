@@ -3,6 +3,7 @@
 mod calibration;
 mod decision;
 mod error;
+mod isa;
 
 use pyo3::prelude::*;
 
@@ -13,9 +14,9 @@ mod _core {
     #[pymodule_export]
     use super::calibration::{fast_calibrate, sort_by_score, threshold_curve};
     #[pymodule_export]
-    use super::decision::{
-        instruction_set_name, instruction_sets, top2_margin_row, top2_margin_rows,
-    };
+    use super::decision::{top2_margin_row, top2_margin_rows};
+    #[pymodule_export]
+    use super::isa::{instruction_set_name, instruction_sets};
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {

@@ -2,31 +2,19 @@
 
 use super::super::Top2;
 use super::super::lanes::{self, Fault, LANES, LN_2, Logit, Simd};
+use crate::isa::Avx2;
 use half::{bf16, f16};
 use std::arch::x86_64::*;
 
 const PAIR: usize = 2 * LANES;
 
-/// Proof that the processor has AVX2, FMA and F16C: [`Avx2::detect`] alone makes one.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(in super::super) struct Avx2(());
-
-impl Avx2 {
-    pub(super) fn detect() -> Option<Self> {
-        let has_all = is_x86_feature_detected!("avx2")
-            && is_x86_feature_detected!("fma")
-            && is_x86_feature_detected!("f16c");
-        has_all.then_some(Self(()))
-    }
-
-    pub(super) fn top2_margin<T: Logit>(self, logits: &[T]) -> Result<Top2, Fault> {
-        // SAFETY: `self` proves that the processor has what the function is compiled for.
-        unsafe { top2_margin(self, logits) }
-    }
+pub(super) fn top2_margin<T: Logit>(avx2: Avx2, logits: &[T]) -> Result<Top2, Fault> {
+    // SAFETY: `avx2` proves that the processor has what the function is compiled for.
+    unsafe { top2_margin_with_avx2(avx2, logits) }
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
-fn top2_margin<T: Logit>(avx2: Avx2, logits: &[T]) -> Result<Top2, Fault> {
+fn top2_margin_with_avx2<T: Logit>(avx2: Avx2, logits: &[T]) -> Result<Top2, Fault> {
     lanes::top2_margin(avx2, logits)
 }
 

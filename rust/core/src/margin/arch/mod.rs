@@ -10,40 +10,15 @@ mod portable;
 
 use super::Top2;
 use super::lanes::{self, Fault, Logit};
+use crate::isa::{InstructionSet, Kind};
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Kind {
-    Portable,
-    #[cfg(target_arch = "x86_64")]
-    Avx2(avx2::Avx2),
-}
-
-impl Kind {
-    /// What this processor can run, the fastest last.
-    pub(super) fn available() -> Vec<Self> {
-        #[allow(
-            unused_mut,
-            reason = "only some targets have more than the portable form"
-        )]
-        let mut kinds = vec![Self::Portable];
+/// Token and margin of a row with these instructions.
+pub(super) fn top2_margin<T: Logit>(isa: InstructionSet, logits: &[T]) -> Result<Top2, Fault> {
+    match isa.kind() {
+        Kind::Portable => lanes::top2_margin(portable::Portable, logits),
         #[cfg(target_arch = "x86_64")]
-        kinds.extend(avx2::Avx2::detect().map(Self::Avx2));
-        kinds
-    }
-
-    pub(super) fn name(self) -> &'static str {
-        match self {
-            Self::Portable => "portable",
-            #[cfg(target_arch = "x86_64")]
-            Self::Avx2(_) => "avx2",
-        }
-    }
-
-    pub(super) fn top2_margin<T: Logit>(self, logits: &[T]) -> Result<Top2, Fault> {
-        match self {
-            Self::Portable => lanes::top2_margin(portable::Portable, logits),
-            #[cfg(target_arch = "x86_64")]
-            Self::Avx2(avx2) => avx2.top2_margin(logits),
-        }
+        Kind::Avx2(proof) => avx2::top2_margin(proof, logits),
+        #[cfg(target_arch = "x86_64")]
+        Kind::Avx512(proof) => avx2::top2_margin(proof.avx2(), logits),
     }
 }

@@ -1,35 +1,21 @@
 //! AVX2: the compiler vectorises the counting by itself; moving a few lanes together it does not.
 
-use super::{Plan, Survey, scan};
+use super::{Plan, Survey};
+use crate::isa::Avx2;
 use crate::samples::{BLOCK, Block, Lane, Samples};
 use std::arch::x86_64::*;
 use std::ops::Range;
 use std::sync::atomic::AtomicUsize;
 
-/// A proof that the processor has AVX2, BMI1, BMI2, LZCNT and POPCNT.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Avx2(());
-
-impl Avx2 {
-    pub(super) fn detect() -> Option<Self> {
-        let all = is_x86_feature_detected!("avx2")
-            && is_x86_feature_detected!("bmi1")
-            && is_x86_feature_detected!("bmi2")
-            && is_x86_feature_detected!("lzcnt")
-            && is_x86_feature_detected!("popcnt");
-        all.then_some(Self(()))
-    }
-
-    pub(super) fn scan<X: Samples>(
-        self,
-        samples: &X,
-        part: Range<usize>,
-        plan: &Plan<X::Lane>,
-        gathered: &AtomicUsize,
-    ) -> Survey<X::Lane> {
-        // SAFETY: `self` exists, so the processor has the features.
-        unsafe { scan_with_avx2(samples, part, plan, gathered) }
-    }
+pub(super) fn scan<X: Samples>(
+    _: Avx2,
+    samples: &X,
+    part: Range<usize>,
+    plan: &Plan<X::Lane>,
+    gathered: &AtomicUsize,
+) -> Survey<X::Lane> {
+    // SAFETY: the proof exists, so the processor has the features.
+    unsafe { scan_with_avx2(samples, part, plan, gathered) }
 }
 
 #[target_feature(enable = "avx2,bmi1,bmi2,lzcnt,popcnt")]
@@ -39,7 +25,7 @@ fn scan_with_avx2<X: Samples>(
     plan: &Plan<X::Lane>,
     gathered: &AtomicUsize,
 ) -> Survey<X::Lane> {
-    scan(samples, part, plan, gathered, |block, range, list| {
+    super::super::scan(samples, part, plan, gathered, |block, range, list| {
         // SAFETY: this function runs only where its features are.
         unsafe { X::Lane::compress(block, range, list) }
     })

@@ -1,4 +1,4 @@
-//! The instruction sets: the same scan compiled for each, and the one step that needs intrinsics.
+//! The same scan compiled for each instruction set, and the one step that needs intrinsics.
 
 #[cfg(target_arch = "x86_64")]
 #[expect(
@@ -8,7 +8,8 @@
 mod avx2;
 mod portable;
 
-use super::{Plan, Survey, scan};
+use super::{Plan, Survey};
+use crate::isa::{InstructionSet, Kind};
 use crate::samples::Samples;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use avx2::Compress;
@@ -17,53 +18,19 @@ pub(crate) use portable::Compress;
 use std::ops::Range;
 use std::sync::atomic::AtomicUsize;
 
-/// The instructions a search is compiled to; a value exists only where the processor has them.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct InstructionSet(Kind);
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Kind {
-    Portable,
-    #[cfg(target_arch = "x86_64")]
-    Avx2(avx2::Avx2),
-}
-
-impl InstructionSet {
-    /// Every instruction set this processor can run, the fastest last.
-    pub fn available() -> Vec<Self> {
-        let portable = std::iter::once(Kind::Portable);
+/// Scan a part of the samples with these instructions.
+pub(super) fn scan<X: Samples>(
+    isa: InstructionSet,
+    samples: &X,
+    part: Range<usize>,
+    plan: &Plan<X::Lane>,
+    gathered: &AtomicUsize,
+) -> Survey<X::Lane> {
+    match isa.kind() {
+        Kind::Portable => super::scan(samples, part, plan, gathered, portable::compress),
         #[cfg(target_arch = "x86_64")]
-        let kinds = portable.chain(avx2::Avx2::detect().map(Kind::Avx2));
-        #[cfg(not(target_arch = "x86_64"))]
-        let kinds = portable;
-        kinds.map(Self).collect()
-    }
-
-    /// The fastest.
-    pub fn best() -> Self {
-        Self::available().pop().unwrap_or(Self(Kind::Portable))
-    }
-
-    /// Its name.
-    pub fn name(self) -> &'static str {
-        match self.0 {
-            Kind::Portable => "portable",
-            #[cfg(target_arch = "x86_64")]
-            Kind::Avx2(_) => "avx2",
-        }
-    }
-
-    pub(super) fn scan<X: Samples>(
-        self,
-        samples: &X,
-        part: Range<usize>,
-        plan: &Plan<X::Lane>,
-        gathered: &AtomicUsize,
-    ) -> Survey<X::Lane> {
-        match self.0 {
-            Kind::Portable => scan(samples, part, plan, gathered, portable::compress),
-            #[cfg(target_arch = "x86_64")]
-            Kind::Avx2(avx2) => avx2.scan(samples, part, plan, gathered),
-        }
+        Kind::Avx2(proof) => avx2::scan(proof, samples, part, plan, gathered),
+        #[cfg(target_arch = "x86_64")]
+        Kind::Avx512(proof) => avx2::scan(proof.avx2(), samples, part, plan, gathered),
     }
 }

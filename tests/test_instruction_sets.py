@@ -30,8 +30,7 @@ def test_the_last_is_chosen_unless_the_environment_names_another():
 def test_the_others_pass_the_same_tests(isa):
     chosen = run("-c", "from offramp import _core; print(_core.instruction_set())", isa=isa)
     assert chosen.stdout.strip() == isa
-    files = sorted(HERE.glob("test_decision*.py"))
-    files.remove(Path(__file__))
+    files = [*sorted(HERE.glob("test_decision*.py")), HERE / "test_calibration_paths.py"]
     tests = run("-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, files), isa=isa)
     assert tests.returncode == 0, tests.stdout + tests.stderr
     assert " passed" in tests.stdout
@@ -39,8 +38,9 @@ def test_the_others_pass_the_same_tests(isa):
 
 
 def test_an_unknown_one_is_refused():
-    refused = run("-c", "import offramp; offramp.top2_margin([1.0, 2.0])", isa="abacus")
-    assert (
-        'ValueError: OFFRAMP_ISA is "abacus": unset it, or use one this processor has: portable'
-        in refused.stderr
-    )
+    for call in ("top2_margin([1.0, 2.0])", "fast_calibrate([0.5], [1], 0.5)"):
+        refused = run("-c", f"import offramp; offramp.{call}", isa="abacus")
+        assert (
+            'ValueError: OFFRAMP_ISA is "abacus": unset it, or use one this processor has: portable'
+            in refused.stderr
+        )
