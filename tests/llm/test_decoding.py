@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from offramp import EarlyExitModel, InputError, top2_margin
+from offramp.llm.cache import cache_argument
 from offramp.llm.decoding import Exit, Rollout
 from offramp.llm.sequences import TokenSequence
 from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
@@ -103,7 +104,12 @@ def test_the_flushed_cache_is_the_full_models(trained, model, thresholds, prompt
         mask = torch.cat([mask, mask.new_ones(len(ids), 25)], dim=1)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         cache = DynamicCache(config=model.config)
-        model(input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache)
+        model(
+            input_ids=tokens,
+            attention_mask=mask,
+            position_ids=positions,
+            **cache_argument(model.forward, cache),
+        )
     kept = mask.bool()
     for layer in range(trained.num_layers):
         for name in ("keys", "values"):
@@ -278,6 +284,7 @@ def test_the_wrapped_model_is_as_it_was_even_after_a_failure(
         ({"num_beams": 3}, "num_beams"),
         ({"max_new_tokens": 500}, "context window holds 160"),
         ({"past_key_values": DynamicCache()}, "past_key_values cannot be used"),
+        ({"cache": DynamicCache()}, "cache cannot be used"),
     ],
 )
 def test_bad_arguments_get_a_sentence(trained, prompts, kwargs, words):

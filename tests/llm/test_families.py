@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from offramp import EarlyExitModel, HeadConfig, ModelError
+from offramp.llm.cache import cache_argument
 from offramp.llm.decoding import Exit, Rollout
 from offramp.llm.trunk import Trunk, positions_from_mask
 
@@ -150,7 +151,12 @@ def test_keys_and_values_under_exits_are_the_full_models(model, ee, texts):
         mask = torch.cat([mask, torch.ones(3, 15, dtype=mask.dtype)], dim=1)
         # A cache without windows, so that every key is there to compare.
         own = transformers.DynamicCache()
-        model(input_ids=ids, attention_mask=mask, position_ids=positions_from_mask(mask), past_key_values=own)
+        model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions_from_mask(mask),
+            **cache_argument(model.forward, own),
+        )
     assert len(depths) > 1
     for mine, theirs in zip(rollout.cache.layers, own.layers, strict=True):
         for name in ("keys", "values"):

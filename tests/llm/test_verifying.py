@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from offramp import EarlyExitModel, HeadConfig, InputError
+from offramp.llm.cache import cache_argument
 from scipy import stats
 from test_families import FAMILIES, batch, make
 from tiny import make_model
@@ -131,7 +132,12 @@ def test_keys_and_values_are_the_full_models_after_rejections(
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(input_ids=output[:, :-1], attention_mask=mask, position_ids=positions, past_key_values=cache)
+        model(
+            input_ids=output[:, :-1],
+            attention_mask=mask,
+            position_ids=positions,
+            **cache_argument(model.forward, cache),
+        )
     for mine, full in zip(rollout.cache.layers, cache.layers, strict=True):
         for name in ("keys", "values"):
             one, other = (getattr(layer, name).transpose(1, 2)[mask.bool()] for layer in (mine, full))

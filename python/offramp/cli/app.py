@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import click
 
@@ -40,7 +42,11 @@ for _subcommand in (demo, train, calibrate, generate, evaluate, bench, threshold
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code; `arguments` are those of the process if not given."""
     try:
-        outcome = command.main(args=arguments, prog_name="offramp", standalone_mode=False)
+        with warnings.catch_warnings():
+            # Those are for whoever maintains the code they come from, not for whoever runs a command.
+            warnings.simplefilter("ignore", FutureWarning)
+            warnings.showwarning = _show_warning
+            outcome = command.main(args=arguments, prog_name="offramp", standalone_mode=False)
     except (click.Abort, KeyboardInterrupt):
         return _refuse("offramp", "interrupted", INTERRUPTED)
     except BrokenPipeError:
@@ -70,6 +76,10 @@ def _fault_of_the_user(error: Exception) -> tuple[str, str] | None:
             extra = next((extra for extra, packages in EXTRAS.items() if missing in packages), None)
             return ("offramp", f"this needs {missing}: run `pip install offramp[{extra}]`") if extra else None
     return None
+
+
+def _show_warning(message: Warning | str, *_where: Any, **_from: Any) -> None:
+    sys.stderr.write(f"offramp: warning: {' '.join(str(message).split())}\n")
 
 
 def _refuse(where: str, sentence: str, code: int = USER) -> int:

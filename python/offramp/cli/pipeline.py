@@ -29,7 +29,7 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 
 def prepare(session: Session, dtype: str | None, device: str | None) -> None:
-    """Seed torch, set its threads, keep transformers' own bars and notes out of ours, and check the options."""
+    """Seed torch, set its threads, keep transformers' notes out of our output, and check the options."""
     if dtype not in (None, "auto", *_DTYPES):
         raise InputError(f"--dtype is {dtype}: give one of {', '.join(_DTYPES)}")
     if device is not None:
@@ -44,7 +44,8 @@ def prepare(session: Session, dtype: str | None, device: str | None) -> None:
         torch.set_num_threads(session.threads)
     notes: Any = transformers.utils.logging
     notes.set_verbosity_error()
-    notes.disable_progress_bar()
+    if not session.draws:
+        notes.disable_progress_bar()
 
 
 def open_model(session: Session, name: str, *, dtype: str | None, device: str | None) -> tuple[Any, Any]:

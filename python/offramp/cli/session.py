@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -73,12 +74,17 @@ class Session:
         if self.as_json:
             click.echo(json.dumps(plain(values), allow_nan=False))
 
+    @property
+    def draws(self) -> bool:
+        """Whether progress is drawn as bars: not when quiet, and not into a log."""
+        return self.err.is_terminal and not self.quiet
+
     @contextmanager
     def progress(self) -> Iterator[ProgressCallback | None]:
         """Give a callback ``(stage, done, total)`` that draws bars, or lines where there is no terminal."""
         if self.quiet:
             yield None
-        elif self.err.is_terminal:
+        elif self.draws:
             with _bars(self.err) as callback:
                 yield callback
         else:
@@ -96,7 +102,11 @@ def with_session(function: Callable[..., None]) -> Callable[..., None]:
     @click.option("--threads", type=click.IntRange(1, 4096), help="CPU threads to use  [default: all cores].")
     @functools.wraps(function)
     def wrapped(*, as_json: bool, quiet: bool, seed: int, threads: int | None, **options: Any) -> None:
-        function(Session(as_json, quiet, seed, threads), **options)
+        session = Session(as_json, quiet, seed, threads)
+        if not session.draws:
+            # The bars of libraries, some of which can be told in no other way; read when tqdm is imported.
+            os.environ.setdefault("TQDM_DISABLE", "1")
+        function(session, **options)
 
     return wrapped
 

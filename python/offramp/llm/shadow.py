@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
-from offramp.llm.cache import SeenCache
+from offramp.llm.cache import SeenCache, cache_argument
 
 
 class Call(NamedTuple):
@@ -82,8 +82,8 @@ class Shadow:
                 inputs_embeds=hidden,
                 attention_mask=attention_mask,
                 position_ids=positions,
-                past_key_values=SeenCache(len(self._stand_ins), seen),
                 use_cache=True,
+                **cache_argument(self._decoder.forward, SeenCache(len(self._stand_ins), seen)),
             )
             return [stand_in.call for stand_in in self._stand_ins if stand_in.call is not None]
 

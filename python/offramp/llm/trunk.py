@@ -17,7 +17,7 @@ from transformers.cache_utils import DynamicCache
 
 from offramp.errors import InputError, ModelError
 from offramp.llm import lean
-from offramp.llm.cache import GrowingCache
+from offramp.llm.cache import GrowingCache, cache_argument
 from offramp.llm.shadow import Shadow
 
 _FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
@@ -251,8 +251,8 @@ class Trunk:
                     input_ids=tokens[:, filled:end],
                     attention_mask=mask[:, :end],
                     position_ids=positions[:, filled:end],
-                    past_key_values=own,
                     use_cache=True,
+                    **cache_argument(self.model.forward, own),
                 )
             hidden = embedded[:, filled:end]
             for first, last in pairwise(bounds):
