@@ -13,7 +13,7 @@ from offramp import reference
 from offramp._core import __version__
 from offramp.calibration import ThresholdCurve, fast_calibrate, sort_by_score, threshold_curve
 from offramp.decision import Decision, decide, top2_margin
-from offramp.errors import InputError, ModelError, OfframpError, StorageError
+from offramp.errors import InputError, ModelError, OfframpError, OutOfMemoryError, StorageError
 
 if TYPE_CHECKING:
     from offramp.llm.calibrating import Calibration
@@ -38,6 +38,7 @@ __all__ = [
     "InputError",
     "ModelError",
     "OfframpError",
+    "OutOfMemoryError",
     "Scores",
     "StorageError",
     "ThresholdCurve",

@@ -17,3 +17,7 @@ class ModelError(OfframpError):
 
 class StorageError(OfframpError):
     """A folder or file on disk is missing, damaged, or belongs to something else."""
+
+
+class OutOfMemoryError(OfframpError, MemoryError):
+    """There was no memory to run a part of the model in; whatever was running can go on once there is."""

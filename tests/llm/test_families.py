@@ -9,6 +9,7 @@ import transformers
 from offramp import EarlyExitModel, HeadConfig, ModelError
 from offramp.llm.cache import cache_argument
 from offramp.llm.decoding import Exit, Rollout
+from offramp.llm.sequences import TokenSequence
 from offramp.llm.trunk import Trunk, positions_from_mask
 
 VOCAB = 83
@@ -128,10 +129,51 @@ def test_with_exits_off_tokens_are_those_of_generate(model, ee):
         assert torch.equal(ee.generate(ids[rows], mode="off", **settings), own)
 
 
-def test_keys_and_values_under_exits_are_the_full_models(model, ee, texts):
+@pytest.fixture(scope="module")
+def thresholds(ee, texts):
+    """Each head takes half of all tokens, whatever it knows."""
+    return [float(value) for value in np.median(ee.score(texts).scores, axis=1)]
+
+
+def test_verified_tokens_are_those_of_generate(model, ee, thresholds):
     ids, mask = batch()
-    # Each head takes half of all tokens, whatever it knows.
-    thresholds = np.median(ee.score(texts).scores, axis=1)
+    rejected = 0
+    for rows in (slice(0, 1), slice(0, 3)):
+        settings = {"attention_mask": mask[rows], "max_new_tokens": 20, "do_sample": False}
+        own = model.generate(ids[rows], **settings)
+        # The second head drafts whatever the first leaves.
+        assert torch.equal(
+            ee.generate(ids[rows], mode="verify", thresholds=[thresholds[0], 0.0], **settings), own
+        )
+        rejected += ee.last_stats.rejected_drafts
+    assert rejected > 0
+
+
+def test_decoded_exits_are_the_teacher_forced_ones_and_rows_do_as_they_do_alone(ee, thresholds):
+    """Exit mode has no generate to compare with: one pass of the full model over what was written says what is due."""
+    ids, mask = batch()
+    settings = {"thresholds": thresholds, "max_new_tokens": 20, "return_dict_in_generate": True}
+    together = ee.generate(ids, attention_mask=mask, **settings)
+    taken = set()
+    for row, layers in enumerate(together.exit_layers):
+        padding, new = int((mask[row] == 0).sum()), int((layers > 0).sum())
+        tokens = together.sequences[row, padding : ids.shape[1] + new]
+        alone = ee.generate(ids[row : row + 1, padding:], **settings)
+        assert torch.equal(alone.sequences[0], tokens)
+        assert torch.equal(alone.exit_layers[0], layers[:new])
+        scores = ee.score([TokenSequence(tokens, ids.shape[1] - padding)])
+        due = scores.first_exit(thresholds)
+        gap = np.abs(scores.scores - np.array(thresholds)[:, None]).min(axis=0)
+        decoded = layers[:new].numpy()
+        assert ((np.array([1, 3, 4])[due] == decoded) | (gap < 1e-5)).all()
+        chosen = np.vstack([scores.choices, scores.model_choices[None]])[due, np.arange(new)]
+        assert ((chosen == scores.emitted) | (gap < 1e-5)).all()
+        taken |= set(decoded.tolist())
+    assert len(taken) > 1
+
+
+def test_keys_and_values_under_exits_are_the_full_models(model, ee, thresholds):
+    ids, mask = batch()
     trunk = Trunk(model)
     trunk.prove((1, 3))
     exits = [
@@ -171,7 +213,6 @@ def test_scores_are_of_the_models_own_choices(model, ee, texts):
 
 
 def test_the_teacher_is_the_models_own_distribution(model, ee, texts):
-    from offramp.llm.sequences import TokenSequence
     from offramp.llm.states import teacher_forced
     from offramp.llm.training import Teacher
 
@@ -183,25 +224,29 @@ def test_the_teacher_is_the_models_own_distribution(model, ee, texts):
     torch.testing.assert_close(found.double(), logits.softmax(-1), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["Mamba", "RecurrentGemma", "T5"])
+# Of each kind one: state spaces, linear attention, convolutions, both in one layer, recurrence, and an encoder before.
+REFUSED = {
+    "MambaForCausalLM": {"vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4},
+    "MiniMaxForCausalLM": LLAMA
+    | {"head_dim": 8, "layer_types": ["linear_attention", "full_attention"] * 2, "num_local_experts": 2},
+    "Lfm2ForCausalLM": LLAMA | {"layer_types": ["conv", "full_attention"] * 2},
+    "FalconH1ForCausalLM": LLAMA
+    | {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_ssm": 64, "mamba_d_state": 8},
+    "RwkvForCausalLM": {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2},
+    "RecurrentGemmaForCausalLM": LLAMA | {"num_hidden_layers": 3},
+    "T5ForConditionalGeneration": {
+        "vocab_size": VOCAB,
+        "d_model": 32,
+        "d_ff": 32,
+        "num_layers": 2,
+        "num_heads": 4,
+    },
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
 def test_other_architectures_are_refused(name):
-    if name == "Mamba":
-        model = transformers.MambaForCausalLM(
-            transformers.MambaConfig(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=2, state_size=4)
-        )
-    elif name == "RecurrentGemma":
-        model = transformers.RecurrentGemmaForCausalLM(
-            transformers.RecurrentGemmaConfig(
-                vocab_size=VOCAB,
-                hidden_size=32,
-                intermediate_size=48,
-                num_hidden_layers=3,
-                num_attention_heads=4,
-            )
-        )
-    else:
-        model = transformers.T5ForConditionalGeneration(
-            transformers.T5Config(vocab_size=VOCAB, d_model=32, d_ff=32, num_layers=2, num_heads=4)
-        )
+    kind = getattr(transformers, name)
+    model = kind(kind.config_class(**REFUSED[name]))
     with pytest.raises(ModelError, match=r"^model: \w+ (has|is an encoder-decoder)"):
         EarlyExitModel(model, layers=(1,))

@@ -8,7 +8,6 @@ import torch
 from offramp import EarlyExitModel, HeadConfig, InputError
 from offramp.llm.cache import cache_argument
 from scipy import stats
-from test_families import FAMILIES, batch, make
 from tiny import make_model
 from transformers import DynamicCache, TextStreamer
 
@@ -142,23 +141,6 @@ def test_keys_and_values_are_the_full_models_after_rejections(
         for name in ("keys", "values"):
             one, other = (getattr(layer, name).transpose(1, 2)[mask.bool()] for layer in (mine, full))
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_family(family):
-    model = make(family)
-    generator = torch.Generator().manual_seed(1)
-    texts = [torch.randint(3, 83, (20,), generator=generator) for _ in range(10)]
-    ee = EarlyExitModel(model, None, layers=(1, 3), head=HeadConfig("mlp", shortlist=60))
-    ee.train_heads(sequences=texts, epochs=1, batch_size=64)
-    # The second head drafts whatever the first leaves.
-    thresholds = [float(np.median(ee.score(texts).scores[0])), 0.0]
-    ids, mask = batch()
-    settings = {"attention_mask": mask, "max_new_tokens": 20, "do_sample": False}
-    own = model.generate(ids, **settings)
-    output = ee.generate(ids, mode="verify", thresholds=thresholds, return_dict_in_generate=True, **settings)
-    assert torch.equal(output.sequences, own)
-    assert output.stats.rejected_drafts > 0
 
 
 def test_sampling_has_the_full_models_distribution():

@@ -20,8 +20,14 @@ from transformers import GenerationConfig
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from offramp.decision import decide
+from offramp.errors import InputError, ModelError, OutOfMemoryError
 from offramp.llm.heads import ExitHead
 from offramp.llm.trunk import Trunk, positions_from_mask
+
+_BROKEN = (
+    "{} logits that are not numbers; its weights are damaged or its dtype overflows (float16 does, where bfloat16 and "
+    "float32 do not)"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,7 +192,7 @@ class Rollout:
         if not unanswered.any():
             self._relieve()
             return step
-        logits = self.trunk.logits(self.run(len(self.exits))[:, -1])
+        logits = self.full_logits(self.run(len(self.exits))[:, -1])
         rows = torch.from_numpy(np.flatnonzero(unanswered))
         chosen = logits.argmax(dim=-1)[rows.to(logits.device)]
         self._answer(step, rows, len(self.exits), chosen, logits, None)
@@ -203,7 +209,12 @@ class Rollout:
                 break
             logits = item.head(self.run(index)[:, -1])
             # Rows of a batch give arrays; numbers come from a single row without a batch.
-            choice, _, reached = (np.asarray(part) for part in decide(logits, item.threshold))
+            try:
+                choice, _, reached = (np.asarray(part) for part in decide(logits, item.threshold))
+            except InputError as error:
+                raise ModelError(
+                    f"model: {_BROKEN.format(f'the head after layer {item.layer} gave')}"
+                ) from error
             leaving = unanswered & reached
             if leaving.any():
                 rows = torch.from_numpy(np.flatnonzero(leaving))
@@ -219,15 +230,37 @@ class Rollout:
         first, last = self.bounds[segment], self.bounds[segment + 1]
         filled = self.cache.length(first)
         positions = self.positions[:, filled : filled + hidden.shape[1]]
-        hidden = self.trunk.run(
-            hidden, first, last, cache=self.cache, positions=positions, attention_mask=self.mask
-        )
+        try:
+            hidden = self.trunk.run(
+                hidden, first, last, cache=self.cache, positions=positions, attention_mask=self.mask
+            )
+        except BaseException as error:
+            # A segment that failed has not run: its inputs still wait, and its layers are of one length again.
+            self.cache.crop_to(first, last, filled)
+            if _is_out_of_memory(error):
+                raise OutOfMemoryError(
+                    f"out of memory in layers {first + 1} to {last} over {hidden.shape[1]} positions of "
+                    f"{len(hidden)} rows: use shorter prompts, fewer rows or a smaller max_pending"
+                ) from error
+            raise
         self.layer_runs += last - first
-        # Cleared only now: a segment that failed keeps its inputs.
         self._waiting[segment] = []
         if segment + 1 < len(self._waiting):
             self._waiting[segment + 1].append(hidden)
         return hidden
+
+    def full_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits (..., V) of the whole model for the last layer's output (..., H).
+
+        Raises
+        ------
+        ModelError
+            If they hold NaN.
+        """
+        logits = self.trunk.logits(hidden)
+        if bool(logits.isnan().any()):
+            raise ModelError(f"model: {_BROKEN.format('its last layer gave')}")
+        return logits
 
     def pending(self, segment: int) -> int:
         """Positions that wait before a segment."""
@@ -270,6 +303,13 @@ class Rollout:
         step.tokens[on_device] = tokens
         step.exits[rows] = index
         step.logits.append((on_device, logits, head))
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed; on the CPU torch says so in a RuntimeError of its own words."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    )
 
 
 @torch.no_grad()

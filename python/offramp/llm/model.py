@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.generation.configuration_utils import GenerationMode
 
 from offramp.decision import decide
 from offramp.errors import InputError
+from offramp.llm.arguments import check_config, check_ids, check_request
 from offramp.llm.calibrating import Calibration, calibrate_scores, check_eps
 from offramp.llm.data import CorpusPlan, prepare_corpus
 from offramp.llm.decoding import EarlyExitOutput, Exit, GenerationStats, Rollout, decode
@@ -41,14 +41,6 @@ from offramp.llm.trunk import Trunk
 from offramp.llm.verifying import decode_verified
 
 _BATCH = 64
-_REFUSED_ARGUMENTS = {
-    "assistant_model": "exits take its place",
-    "custom_generate": "offramp brings its own loop",
-    "past_key_values": "offramp keeps its own cache",
-    "cache": "offramp keeps its own cache",
-    "inputs_embeds": "give input_ids",
-    "negative_prompt_ids": "guidance is not supported",
-}
 
 
 class EarlyExitModel:
@@ -395,7 +387,7 @@ class EarlyExitModel:
         if not rows or len(rows) != len(prompts):
             rows = encode_prompts(prompts, self.tokenizer, max_positions=self._trunk.max_positions)  # type: ignore[arg-type]  # texts here
         for index, row in enumerate(rows):
-            self._check_ids(row, f"prompts[{index}]")
+            check_ids(self._trunk, row, f"prompts[{index}]")
             check_length(len(row) + 1, self._trunk.max_positions, f"prompts[{index}]")
         for name, value in (("max_new_tokens", max_new_tokens), ("tokens", tokens)):
             if value is not None and (not isinstance(value, int) or value < 1):
@@ -486,7 +478,7 @@ class EarlyExitModel:
             For a mode, threshold or argument that cannot be used.
         """
         ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
-        self._check_inputs(ids, kwargs)
+        check_request(self._trunk, ids, kwargs)
         exits = self._exits(mode, eps, thresholds)
         if max_pending is not None and (not isinstance(max_pending, int) or max_pending < 0):
             raise InputError(f"max_pending is {max_pending!r}: give a whole number, or None for no limit")
@@ -501,18 +493,7 @@ class EarlyExitModel:
             generation_config: Any,
             **model_kwargs: Any,
         ) -> Any:
-            if generation_config.get_generation_mode() not in (
-                GenerationMode.GREEDY_SEARCH,
-                GenerationMode.SAMPLE,
-            ):
-                raise InputError(
-                    "generate: only greedy search and sampling work with exits; leave out num_beams"
-                )
-            if mode == "verify" and (generation_config.output_scores or generation_config.output_logits):
-                raise InputError(
-                    "output_scores and output_logits are not kept in verify mode: leave them out"
-                )
-            check_length(generation_config.max_length, self._trunk.max_positions, "generate")
+            check_config(self._trunk, generation_config, mode)
             input_ids = input_ids.to(self._trunk.device)
             mask = model_kwargs.get("attention_mask")
             rollout = Rollout(
@@ -665,21 +646,4 @@ class EarlyExitModel:
 
     def _check_tokens(self, sequences: Sequence[TokenSequence]) -> None:
         for index, item in enumerate(sequences):
-            self._check_ids(item.tokens, f"sequences[{index}]")
-
-    def _check_ids(self, ids: torch.Tensor, what: str) -> None:
-        outside = ids[(ids < 0) | (ids >= self._trunk.vocab_size)]
-        if outside.numel():
-            raise InputError(
-                f"{what} holds token {int(outside[0])}, but the model's vocabulary has {self._trunk.vocab_size} "
-                "tokens: use the model's own tokenizer"
-            )
-
-    def _check_inputs(self, ids: Any, kwargs: dict[str, Any]) -> None:
-        for name, reason in _REFUSED_ARGUMENTS.items():
-            if kwargs.get(name) is not None:
-                raise InputError(f"{name} cannot be used with exits: {reason}")
-        if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or ids.numel() == 0 or ids.is_floating_point():
-            raise InputError("input_ids is not a (batch, tokens) tensor of token ids with at least one token")
-        self._check_ids(ids, "input_ids")
-        check_length(ids.shape[1] + 1, self._trunk.max_positions, "input_ids")
+            check_ids(self._trunk, item.tokens, f"sequences[{index}]")

@@ -79,6 +79,11 @@ class SavedExits:
         StorageError
             If the tensors do not fit.
         """
+        if self.config["vocab_size"] != trunk.vocab_size:
+            raise ModelError(
+                f"model: the heads are for a vocabulary of {self.config['vocab_size']} tokens, and this model's has "
+                f"{trunk.vocab_size}; load {self.base_model or 'the model they were trained on'}"
+            )
         if not self.base.matches(fingerprint(trunk.model)):
             raise ModelError(
                 f"model: these heads were trained on {self.base_model or 'another model'}, and the weights of the "

@@ -183,7 +183,7 @@ class _Text:
         hidden = self.rollout.flush()
         assert hidden is not None
         first = self.tokens.shape[1] - len(self._drafts)
-        verdicts = self._judge(first, self.rollout.trunk.logits(hidden[:, first - self._fed - 1 :]))
+        verdicts = self._judge(first, self.rollout.full_logits(hidden[:, first - self._fed - 1 :]))
         found = [self._confirmed(row, first, *verdict) for row, verdict in enumerate(verdicts)]
         active = [row for row, asked in enumerate(self._active.tolist()) if asked]
         # The next column follows positions the model has been fed.

@@ -1,0 +1,103 @@
+"""What `generate` is asked for, checked before anything runs.
+
+For `model`; everything else about transformers' arguments is transformers' own business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+from transformers.generation.configuration_utils import GenerationMode
+
+from offramp.errors import InputError, ModelError
+from offramp.llm.sequences import check_length
+from offramp.llm.trunk import Trunk
+
+_REFUSED = {
+    "assistant_model": "exits take its place",
+    "custom_generate": "offramp brings its own loop",
+    "past_key_values": "offramp keeps its own cache",
+    "cache": "offramp keeps its own cache",
+    "inputs_embeds": "give input_ids",
+    "position_ids": "positions follow from attention_mask",
+    "negative_prompt_ids": "guidance is not supported",
+}
+# What to leave out where transformers would take another way than greedy search or sampling.
+_CULPRITS = {
+    GenerationMode.CONTRASTIVE_SEARCH: "contrastive search (penalty_alpha)",
+    GenerationMode.ASSISTED_GENERATION: "assisted generation (prompt_lookup_num_tokens, assistant_early_exit)",
+    GenerationMode.DOLA_GENERATION: "DoLa (dola_layers)",
+    GenerationMode.CONSTRAINED_BEAM_SEARCH: "constrained search (constraints, force_words_ids)",
+}
+
+
+def check_ids(trunk: Trunk, ids: torch.Tensor, what: str) -> None:
+    """Refuse token ids outside the vocabulary.
+
+    Raises
+    ------
+    InputError
+        Naming the token.
+    """
+    outside = ids[(ids < 0) | (ids >= trunk.vocab_size)]
+    if outside.numel():
+        raise InputError(
+            f"{what} holds token {int(outside[0])}, but the model's vocabulary has {trunk.vocab_size} "
+            "tokens: use the model's own tokenizer"
+        )
+
+
+def check_request(trunk: Trunk, ids: Any, kwargs: Mapping[str, Any]) -> None:
+    """Refuse prompts, masks and arguments of `generate` that cannot be used.
+
+    Raises
+    ------
+    InputError
+        Naming the argument.
+    ModelError
+        If the model's output layer is no longer the one the exits were attached to.
+    """
+    for name, reason in _REFUSED.items():
+        if kwargs.get(name) is not None:
+            raise InputError(f"{name} cannot be used with exits: {reason}")
+    if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or ids.numel() == 0 or ids.is_floating_point():
+        raise InputError("input_ids is not a (batch, tokens) tensor of token ids with at least one token")
+    mask = kwargs.get("attention_mask")
+    if mask is not None and (not isinstance(mask, torch.Tensor) or mask.shape != ids.shape):
+        raise InputError(
+            f"attention_mask is not a {tuple(ids.shape)} tensor: give one 0 or 1 for every token of input_ids"
+        )
+    if trunk.model.get_output_embeddings() is not trunk.output:
+        raise ModelError(
+            "model: its output layer was replaced after exits were attached, as resize_token_embeddings does; make "
+            "a new EarlyExitModel"
+        )
+    check_ids(trunk, ids, "input_ids")
+    check_length(ids.shape[1] + 1, trunk.max_positions, "input_ids")
+
+
+def check_config(trunk: Trunk, config: GenerationConfig, mode: str) -> None:
+    """Refuse ways to generate that exits do not know.
+
+    Raises
+    ------
+    InputError
+        Naming what to leave out.
+    """
+    way = config.get_generation_mode()
+    if way not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        culprit = _CULPRITS.get(way, "beam search (num_beams)")
+        raise InputError(
+            f"generate: {culprit} does not work with exits; leave it out, for greedy search or sampling"
+        )
+    if config.output_attentions or config.output_hidden_states:
+        raise InputError(
+            "output_attentions and output_hidden_states are not kept with exits, whose layers run at different "
+            "steps: leave them out"
+        )
+    if mode == "verify" and (config.output_scores or config.output_logits):
+        raise InputError("output_scores and output_logits are not kept in verify mode: leave them out")
+    check_length(config.max_length, trunk.max_positions, "generate")
