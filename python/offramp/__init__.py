@@ -12,8 +12,11 @@ from typing import TYPE_CHECKING, Any
 from offramp import reference
 from offramp._core import __version__
 from offramp.calibration import ThresholdCurve, fast_calibrate, sort_by_score, threshold_curve
+from offramp.cascade import calibrate_cascade
 from offramp.decision import Decision, decide, top2_margin
 from offramp.errors import InputError, ModelError, OfframpError, OutOfMemoryError, StorageError
+from offramp.guarantee import certify
+from offramp.outcomes import Cascade, Certificate
 
 if TYPE_CHECKING:
     from offramp.llm.calibrating import Calibration
@@ -32,6 +35,8 @@ _LANGUAGE_MODEL_NAMES = {
 
 __all__ = [
     "Calibration",
+    "Cascade",
+    "Certificate",
     "Decision",
     "EarlyExitModel",
     "HeadConfig",
@@ -43,6 +48,8 @@ __all__ = [
     "StorageError",
     "ThresholdCurve",
     "__version__",
+    "calibrate_cascade",
+    "certify",
     "decide",
     "fast_calibrate",
     "load_model",

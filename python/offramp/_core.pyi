@@ -1,4 +1,4 @@
-"""The compiled core: arguments are checked and laid out by `offramp.calibration` and `offramp.decision`."""
+"""The compiled core: arguments are checked and laid out by `offramp.calibration` and its neighbours."""
 
 from typing import Any
 
@@ -7,6 +7,11 @@ from numpy.typing import NDArray
 
 __all__ = [
     "__version__",
+    "binomial_p_value",
+    "binomial_upper_bound",
+    "calibrate_cascade",
+    "certify",
+    "evidence_suffices",
     "fast_calibrate",
     "instruction_set",
     "instruction_sets",
@@ -38,3 +43,32 @@ def instruction_set() -> str: ...
 def instruction_sets() -> list[str]: ...
 def top2_margin_row(logits: NDArray[Any], dtype: str) -> tuple[int, float]: ...
 def top2_margin_rows(logits: NDArray[Any], dtype: str) -> tuple[NDArray[np.int64], NDArray[np.float32]]: ...
+def binomial_p_value(errors: int, n: int, alpha: float) -> float: ...
+def binomial_upper_bound(errors: int, n: int, delta: float) -> float: ...
+def evidence_suffices(errors: int, n: int, alpha: float, delta: float) -> bool: ...
+def certify(
+    scores: NDArray[Any],
+    dtype: str,
+    correct: NDArray[np.uint8],
+    eps: float,
+    delta: float,
+    method: str,
+    grid: NDArray[np.float64] | None,
+    places: list[int],
+    unit: bool,
+    groups: tuple[NDArray[np.uint32], int, int] | None,
+    threads: int,
+) -> tuple[float, int, int, float]: ...
+def calibrate_cascade(
+    scores: NDArray[Any],
+    dtype: str,
+    correct: NDArray[np.uint8],
+    heads: int,
+    eps: float,
+    mode: str,
+    costs: list[float],
+    budget: float,
+    held_out: tuple[NDArray[np.uint8], float] | None,
+    groups: tuple[NDArray[np.uint32], int, int] | None,
+    threads: int,
+) -> tuple[list[float], list[int], list[int], int]: ...

@@ -4,11 +4,15 @@ Slow on purpose.  Where a function here and its fast namesake differ, one of the
 """
 
 from offramp.reference.calibration import ThresholdCurve, fast_calibrate, sort_by_score, threshold_curve
+from offramp.reference.cascade import calibrate_cascade
 from offramp.reference.decision import Decision, decide, top2_margin
+from offramp.reference.guarantee import certify
 
 __all__ = [
     "Decision",
     "ThresholdCurve",
+    "calibrate_cascade",
+    "certify",
     "decide",
     "fast_calibrate",
     "sort_by_score",

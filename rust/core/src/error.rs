@@ -46,6 +46,22 @@ pub enum Error {
         /// The target.
         value: f64,
     },
+    /// A failure probability is not strictly between 0 and 1.
+    NotALevel {
+        /// The probability.
+        value: f64,
+    },
+    /// More heads than a budget can be shared among.
+    TooManyHeads {
+        /// How many heads there are.
+        heads: usize,
+        /// How many there may be.
+        most: usize,
+    },
+    /// Scores outside [0, 1] where thresholds are for scores inside.
+    OffLattice,
+    /// Groups do not go with the samples.
+    NotGroups,
     /// A logit is NaN or +inf.
     NotALogit {
         /// Its row, 0 where there is only one.
@@ -115,6 +131,21 @@ impl fmt::Display for Error {
             Self::NotATarget { index, value } => {
                 write!(f, "eps must lie in [0, 1], but eps[{index}] is {value}")
             }
+            Self::NotALevel { value } => {
+                write!(f, "delta must lie between 0 and 1, but it is {value}")
+            }
+            Self::TooManyHeads { heads, most } => write!(
+                f,
+                "scores has {heads} heads, but mode 'budget' takes at most {most}: leave some out"
+            ),
+            Self::OffLattice => write!(
+                f,
+                "scores must lie in [0, 1] for the default thresholds: give grid=, thresholds fixed before the labels were seen"
+            ),
+            Self::NotGroups => write!(
+                f,
+                "groups must hold one group number for every sample: give an array of the samples' length"
+            ),
             Self::Interrupted => write!(f, "interrupted before the result was ready"),
             Self::NotALogit { row, index, value } => {
                 let name = if value.is_nan() { "nan" } else { "inf" };

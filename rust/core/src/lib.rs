@@ -2,10 +2,19 @@
 //!
 //! No Python, no global state.  `offramp.reference` is the specification these functions are tested against.
 
+pub mod binomial;
+mod budget;
+mod cascade;
+mod clusters;
 mod curve;
 mod error;
 mod exhaust;
+<<<<<<< HEAD
 mod isa;
+=======
+mod guarantee;
+mod ladder;
+>>>>>>> a740102 (Certificates and cascades: exact tails to n = 1e9, four methods, correlated samples, thresholds that hold together)
 pub mod margin;
 mod order;
 mod run;
@@ -14,13 +23,21 @@ mod scan;
 mod search;
 mod sketch;
 mod sort;
+mod survivors;
 mod tally;
 mod threshold;
 mod validate;
 
+pub use cascade::{Cascade, Goal, Heads, HoldOut, calibrate_cascade};
+pub use clusters::Clusters;
 pub use curve::{Curve, threshold_curve};
 pub use error::{Error, Position, Result};
+<<<<<<< HEAD
 pub use isa::InstructionSet;
+=======
+pub use guarantee::{Certificate, Certification, Walk, certify};
+pub use ladder::Bucketed;
+>>>>>>> a740102 (Certificates and cascades: exact tails to n = 1e9, four methods, correlated samples, thresholds that hold together)
 pub use order::{Key, Score};
 pub use run::{Method, Run};
 pub use sort::sort_by_score;

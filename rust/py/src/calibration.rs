@@ -46,6 +46,8 @@ macro_rules! with_scores {
     };
 }
 
+pub(crate) use with_scores;
+
 /// Thresholds of one head, or of `heads` rows laid end to end, for every target: row-major float64.
 #[pyfunction]
 #[pyo3(signature = (scores, dtype, correct, heads, eps, by_index, threads, method=""))]
@@ -138,7 +140,7 @@ fn method_named(name: &str) -> PyResult<Method> {
 }
 
 /// Run the core with the GIL released, looking for Ctrl-C from time to time.
-fn detached<T: Send>(
+pub(crate) fn detached<T: Send>(
     py: Python<'_>,
     threads: usize,
     work: impl FnOnce(Run<'_>) -> Result<T, Error> + Send,

@@ -3,7 +3,11 @@
 mod calibration;
 mod decision;
 mod error;
+<<<<<<< HEAD
 mod isa;
+=======
+mod guarantee;
+>>>>>>> a740102 (Certificates and cascades: exact tails to n = 1e9, four methods, correlated samples, thresholds that hold together)
 
 use pyo3::prelude::*;
 
@@ -17,6 +21,11 @@ mod _core {
     use super::decision::{top2_margin_row, top2_margin_rows};
     #[pymodule_export]
     use super::isa::{instruction_set_name, instruction_sets};
+
+    #[pymodule_export]
+    use super::guarantee::{
+        binomial_p_value, binomial_upper_bound, calibrate_cascade, certify, evidence_suffices,
+    };
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {

@@ -1,0 +1,267 @@
+//! Thresholds with a finite-sample promise: at confidence 1 - delta, what they accept is accurate enough.
+//!
+//! Every method asks the same question of counts it may trust, and differs in which thresholds it may ask about:
+//! see `docs/guarantees.md`.
+
+use crate::binomial::{evidence_suffices, p_value_within, upper_bound};
+use crate::clusters::{Clusters, bet_at_each};
+use crate::error::{Error, Result};
+use crate::ladder::{Bucketed, Ladder, best_of};
+use crate::order::Key;
+use crate::run::Run;
+use crate::survivors::Survivors;
+use crate::tally::Counts;
+use crate::validate::{require_pairs, require_targets};
+
+/// How a threshold is certified.
+#[derive(Debug, Clone, Copy)]
+pub enum Certification<'a> {
+    /// Evidence that may be read at every threshold: at all scores, or at given thresholds, ascending.
+    Evidence(Option<&'a [f64]>),
+    /// Thresholds fixed beforehand, walked downwards.
+    FixedSequence(Walk<'a>),
+    /// The same with samples that are alike within their groups.
+    Betting(Walk<'a>, Clusters<'a>),
+    /// Ranks fixed beforehand, counted from the highest score, ascending, each below the number of samples.
+    Bonferroni(&'a [usize]),
+    /// Bisection over ranks (Geifman and El-Yaniv 2017).
+    Sgr,
+}
+
+/// Thresholds to walk down.
+#[derive(Debug, Clone, Copy)]
+pub struct Walk<'a> {
+    /// Ascending.
+    pub thresholds: &'a [f64],
+    /// Indices to start from, each at its share of delta.
+    pub starts: &'a [usize],
+    /// Whether they suit scores from 0 to 1 only.
+    pub unit: bool,
+}
+
+/// A threshold and what is promised of it.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Certificate {
+    /// The lowest threshold that is certified; +inf if none is.
+    pub threshold: f64,
+    /// Samples it accepts.
+    pub accepted: usize,
+    /// The correct ones among them.
+    pub correct: usize,
+    /// What the accuracy is at least, at confidence 1 - delta; NaN if nothing is certified.
+    pub bound: f64,
+}
+
+/// The question whether a risk is at most `alpha`, asked at level `delta`.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Claim {
+    pub alpha: f64,
+    pub delta: f64,
+}
+
+impl Claim {
+    /// The risk that remains below `eps`, never rounded up.
+    pub fn new(eps: f64, delta: f64) -> Self {
+        let alpha = 1.0 - eps;
+        // For eps below 1/2 the difference is rounded; its own difference from 1 is not.
+        let alpha = if 1.0 - alpha < eps {
+            alpha.next_down()
+        } else {
+            alpha
+        };
+        Self { alpha, delta }
+    }
+
+    /// The same asked `times` times.
+    pub fn shared(self, times: usize) -> Self {
+        Self {
+            delta: self.delta / times as f64,
+            ..self
+        }
+    }
+
+    /// Whether the exact binomial test refutes a higher risk.
+    pub fn holds(self, counts: Counts) -> bool {
+        let (n, errors) = (
+            counts.accepted as u64,
+            (counts.accepted - counts.correct) as u64,
+        );
+        n > 0 && (self.alpha >= 1.0 || p_value_within(errors, n, self.alpha, self.delta))
+    }
+
+    fn is_evident(self, counts: Counts) -> bool {
+        let (n, errors) = (
+            counts.accepted as u64,
+            (counts.accepted - counts.correct) as u64,
+        );
+        n > 0 && (self.alpha >= 1.0 || evidence_suffices(errors, n, self.alpha, self.delta))
+    }
+}
+
+/// Certify a threshold for the accuracy `eps` at confidence `1 - delta`.
+pub fn certify<S: Bucketed>(
+    scores: &[S],
+    correct: &[u8],
+    eps: f64,
+    delta: f64,
+    method: Certification,
+    run: &Run,
+) -> Result<Certificate> {
+    require_pairs(scores, correct)?;
+    require_targets(&[eps])?;
+    require_level(delta)?;
+    let claim = Claim::new(eps, delta);
+    let samples = Survivors::all(scores, correct);
+    let ladder = Ladder::count(samples, run)?;
+    let found = match method {
+        Certification::Evidence(None) => ladder
+            .lowest(|counts| claim.is_evident(counts))?
+            .map(|(key, counts)| (S::from_key(key).value(), counts, eps)),
+        Certification::Evidence(Some(grid)) => {
+            let counts = ladder.at(grid)?;
+            let place = counts.iter().position(|&counts| claim.is_evident(counts));
+            place.map(|place| (grid[place], counts[place], eps))
+        }
+        Certification::FixedSequence(Walk {
+            thresholds: grid,
+            starts,
+            unit,
+        }) => {
+            require_unit(&ladder, unit)?;
+            let counts = ladder.at(grid)?;
+            let claim = claim.shared(starts.len());
+            let place = walk(starts, |place| claim.holds(counts[place]));
+            place.map(|place| (grid[place], counts[place], eps))
+        }
+        Certification::Betting(
+            Walk {
+                thresholds: grid,
+                starts,
+                unit,
+            },
+            clusters,
+        ) => {
+            require_unit(&ladder, unit)?;
+            let counts = ladder.at(grid)?;
+            let claim = claim.shared(starts.len());
+            let passes = bet_at_each(&samples, grid, clusters, claim, run)?;
+            let place = walk(starts, |place| passes[place]);
+            place.map(|place| (grid[place], counts[place], eps))
+        }
+        Certification::Bonferroni(ranks) => bonferroni(&ladder, ranks, claim)?,
+        Certification::Sgr => sgr(&ladder, claim)?,
+    };
+    let nothing = (f64::INFINITY, Counts::default(), f64::NAN);
+    let (threshold, counts, bound) = found.unwrap_or(nothing);
+    Ok(Certificate {
+        threshold,
+        accepted: counts.accepted,
+        correct: counts.correct,
+        bound,
+    })
+}
+
+type Found = Option<(f64, Counts, f64)>;
+
+/// A confidence is a probability that leaves something open.
+pub(crate) fn require_level(delta: f64) -> Result<()> {
+    if delta > 0.0 && delta < 1.0 {
+        Ok(())
+    } else {
+        Err(Error::NotALevel { value: delta })
+    }
+}
+
+/// Thresholds from 0 to 1 are no good for other scores.
+fn require_unit<S: Bucketed>(ladder: &Ladder<S>, unit: bool) -> Result<()> {
+    // What float32 can tell from 1.
+    let beyond = f64::from(1.0f32.next_up());
+    let counts = ladder.at(&[0.0, beyond])?;
+    let inside = counts[0] == ladder.total() && counts[1].accepted == 0;
+    if inside || !unit {
+        Ok(())
+    } else {
+        Err(Error::OffLattice)
+    }
+}
+
+/// The lowest place that a walk down from one of the starts reaches before its first failure.
+pub(crate) fn walk(starts: &[usize], mut passes: impl FnMut(usize) -> bool) -> Option<usize> {
+    // From a start below on, a walk repeats that start's: only the lowest of a stretch that passes matters.
+    let lowest = |&start: &usize| (0..=start).rev().take_while(|&place| passes(place)).last();
+    starts.iter().filter_map(lowest).min()
+}
+
+/// At ranks fixed beforehand, accept what scores higher than the rank after; every rank at its share of delta.
+fn bonferroni<S: Bucketed>(ladder: &Ladder<S>, ranks: &[usize], claim: Claim) -> Result<Found> {
+    let claim = claim.shared(ranks.len());
+    let beyond: Vec<usize> = ranks.iter().map(|rank| rank + 1).collect();
+    let boundaries = ladder.ranks(&beyond)?;
+    // What scores strictly above a boundary is what the next key up accepts.
+    let next: Vec<S> = boundaries
+        .iter()
+        .map(|(key, _)| S::from_key(S::Key::from_index(key.index() + 1)))
+        .collect();
+    let ascending: Vec<f64> = next.iter().rev().map(|score| score.value()).collect();
+    let counts = ladder.at(&ascending)?;
+    let place = counts.iter().position(|&counts| claim.holds(counts));
+    Ok(place.map(|place| {
+        (
+            ascending[place] + 0.0,
+            counts[place],
+            bound(counts[place], claim.delta),
+        )
+    }))
+}
+
+/// Bisect over ranks as if risk rose with coverage, every step at its share of delta.
+fn sgr<S: Bucketed>(ladder: &Ladder<S>, claim: Claim) -> Result<Found> {
+    let n = ladder.total().accepted;
+    let steps = n.next_power_of_two().trailing_zeros() as usize;
+    if steps == 0 {
+        return Ok(None);
+    }
+    let claim = claim.shared(steps);
+    // Places in ascending order, as in the paper: from place z on, the n - z + 1 highest are accepted.
+    let (mut low, mut high, mut last) = (1, n, None);
+    for _ in 0..steps {
+        let middle = (low + high).div_ceil(2);
+        let rank = n - middle + 1;
+        let (most, least) = ladder.around_rank(rank);
+        let best = claim.holds(best_of(most, least));
+        // Few buckets are wide enough to leave it open; those are looked into.
+        let passes = best
+            && (claim.holds(worst_of(most, least)) || claim.holds(ladder.ranks(&[rank])?[0].1));
+        if passes {
+            high = middle;
+            last = Some(rank);
+        } else {
+            low = middle;
+        }
+    }
+    let Some(rank) = last else { return Ok(None) };
+    let (key, counts) = ladder.ranks(&[rank])?[0];
+    Ok(Some((
+        S::from_key(key).value(),
+        counts,
+        bound(counts, claim.delta),
+    )))
+}
+
+/// The worst a threshold between two others can do: all wrong samples in between come first.
+fn worst_of(low: Counts, high: Counts) -> Counts {
+    let inside = low - high;
+    Counts {
+        accepted: high.accepted + inside.accepted - inside.correct,
+        correct: high.correct,
+    }
+}
+
+fn bound(counts: Counts, delta: f64) -> f64 {
+    let (n, errors) = (
+        counts.accepted as u64,
+        (counts.accepted - counts.correct) as u64,
+    );
+    // The difference is rounded; one step down is on the safe side.
+    (1.0 - upper_bound(errors, n, delta)).next_down().max(0.0)
+}

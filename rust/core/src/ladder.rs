@@ -1,0 +1,483 @@
+//! What thresholds accept, counted without sorting: a histogram of the keys, refined where it matters.
+//!
+//! A first pass counts the samples of every bucket of a fixed non-decreasing map; the counts from each bucket's low
+//! end up are then exact.  A second pass gathers the few buckets in which a threshold may lie.
+
+use crate::curve::Ascending;
+use crate::error::Result;
+use crate::order::{Key, Score};
+use crate::run::Run;
+use crate::samples::Given;
+use crate::sort::sort_pairs;
+use crate::survivors::Survivors;
+use crate::tally::Counts;
+use crate::validate::require_valid;
+use std::ops::ControlFlow;
+
+/// Samples that are sorted: a histogram has more buckets.
+const FEW: usize = 1 << 15;
+/// Samples one thread counts before its table is added up.
+const PIECE: usize = 1 << 22;
+/// Samples whose buckets are computed together, which the compiler does with vector instructions.
+const TOGETHER: usize = 64;
+/// Gathered samples that are worth another look at the data, at least.
+const ROOM: usize = 1 << 16;
+/// The share of the samples that is gathered in one pass at most, if one bucket does not hold more.
+const ROOM_SHARE: usize = 64;
+
+/// The upper half of the bits of 1/2 and 1 as float32 keys.
+const HALF: u32 = 0xbf00;
+const ONE: u32 = 0xbf80;
+/// Buckets between 1/2 and 1: float32 has 2944 that differ in the upper half of the bits of 1 - x, and 1 has its own.
+const CROWDED: u32 = 2946;
+/// All buckets.
+const BUCKETS: usize = (0x1_0000 - ONE + HALF + CROWDED) as usize;
+
+/// A group of equal scores: their key, and what is accepted from it up.
+pub(crate) type Group<K> = (K, Counts);
+
+/// The counts of samples by score, as fine as needed.
+pub(crate) struct Ladder<'a, S: Score> {
+    samples: Survivors<'a, S>,
+    run: &'a Run<'a>,
+    rungs: Rungs<S::Key>,
+}
+
+enum Rungs<K> {
+    /// Every distinct key, ascending.
+    Fine(Vec<Group<K>>),
+    /// From each bucket up.
+    Coarse(Vec<Counts>),
+}
+
+/// The place of a score among float32 buckets: the upper half of the bits of its key, but between 1/2 and 1 of the
+/// distance to 1, since scores crowd there.
+///
+/// `1 - x` is exact for x in [1/2, 1].  A bucket there is `1 - b < x`... down to and including `1 - b'`, so that the
+/// distances whose lower half is zero are low ends, as everywhere.
+#[inline(always)]
+fn bucket_of_float(key: u32) -> u32 {
+    let top = key >> 16;
+    let score = f32::from_bits(key & 0x7fff_ffff);
+    let away = (1.0 - score).to_bits().saturating_sub(1) >> 16;
+    let crowded = HALF + (HALF - 0x8001).wrapping_sub(away).min(CROWDED - 1);
+    let is_crowded = key.wrapping_sub(HALF << 16) <= (ONE - HALF) << 16;
+    let plain = if top < HALF {
+        top
+    } else {
+        top - ONE + HALF + CROWDED
+    };
+    if is_crowded { crowded } else { plain }
+}
+
+/// Scores that fall into the buckets.
+pub trait Bucketed: Score {
+    /// The float32 key of the largest float32 that is not above the score.
+    #[doc(hidden)]
+    fn float_key(self) -> u32;
+    /// The score nearest to a number.
+    #[doc(hidden)]
+    fn near(number: f64) -> Self;
+
+    /// The lowest key whose score is at least a number; None if the number is above all finite scores.
+    #[doc(hidden)]
+    fn at_least(number: f64) -> Option<Self::Key> {
+        let near = Self::near(number);
+        let key = near.key();
+        let key = if near.value() < number {
+            Self::Key::from_index(key.index() + 1)
+        } else {
+            key
+        };
+        Self::from_key(key).is_finite().then_some(key)
+    }
+}
+
+impl Bucketed for f32 {
+    #[inline(always)]
+    fn float_key(self) -> u32 {
+        Score::key(self)
+    }
+
+    fn near(number: f64) -> Self {
+        number as f32
+    }
+}
+
+impl Bucketed for f64 {
+    #[inline(always)]
+    fn float_key(self) -> u32 {
+        let near = self as f32;
+        let key = Score::key(near);
+        key - u32::from(f64::from(near) > self)
+    }
+
+    fn near(number: f64) -> Self {
+        number
+    }
+}
+
+impl Bucketed for half::f16 {
+    #[inline(always)]
+    fn float_key(self) -> u32 {
+        Score::key(self.to_f32())
+    }
+
+    fn near(number: f64) -> Self {
+        Self::from_f64(number)
+    }
+}
+
+impl Bucketed for half::bf16 {
+    #[inline(always)]
+    fn float_key(self) -> u32 {
+        Score::key(f32::from_bits(u32::from(self.to_bits()) << 16))
+    }
+
+    fn near(number: f64) -> Self {
+        Self::from_f64(number)
+    }
+}
+
+#[inline(always)]
+fn bucket<S: Bucketed>(score: S) -> u32 {
+    bucket_of_float(score.float_key())
+}
+
+impl<'a, S: Bucketed> Ladder<'a, S> {
+    /// Count the samples, refusing invalid ones.
+    pub fn count(samples: Survivors<'a, S>, run: &'a Run<'a>) -> Result<Self> {
+        let rungs = if samples.scores.len() <= FEW {
+            require_valid(samples.scores, samples.correct, None, run)?;
+            Rungs::Fine(fine(&samples, run)?)
+        } else {
+            Rungs::Coarse(coarse(&samples, run)?)
+        };
+        Ok(Self {
+            samples,
+            run,
+            rungs,
+        })
+    }
+
+    /// The counts of all samples.
+    pub fn total(&self) -> Counts {
+        let first = match &self.rungs {
+            Rungs::Fine(groups) => groups.first().map(|&(_, counts)| counts),
+            Rungs::Coarse(from) => from.first().copied(),
+        };
+        first.unwrap_or_default()
+    }
+
+    /// The lowest score whose counts pass.
+    ///
+    /// `passes` must not mind fewer errors among as many correct samples, nor more correct ones beside as many errors:
+    /// a bucket is ruled out if all its correct samples on top of what is above do not pass.
+    pub fn lowest(&self, passes: impl Fn(Counts) -> bool) -> Result<Option<Group<S::Key>>> {
+        let from = match &self.rungs {
+            Rungs::Fine(groups) => {
+                return Ok(groups.iter().copied().find(|&(_, counts)| passes(counts)));
+            }
+            Rungs::Coarse(from) => from,
+        };
+        let room = ROOM.max(self.total().accepted / ROOM_SHARE);
+        let (mut wanted, mut held) = (Vec::new(), 0);
+        for (bucket, pair) in from.windows(2).enumerate() {
+            let inside = pair[0] - pair[1];
+            if inside.accepted == 0 || !passes(best_of(pair[0], pair[1])) {
+                continue;
+            }
+            wanted.push(bucket);
+            held += inside.accepted;
+            // The low end of a bucket is that of its lowest sample: if it passes, nothing above matters.
+            if held > room || passes(pair[0]) {
+                let groups = self.expand(&std::mem::take(&mut wanted))?;
+                if let Some(found) = groups.into_iter().find(|&(_, counts)| passes(counts)) {
+                    return Ok(Some(found));
+                }
+                held = 0;
+            }
+        }
+        let groups = self.expand(&wanted)?;
+        Ok(groups.into_iter().find(|&(_, counts)| passes(counts)))
+    }
+
+    /// What is accepted from each of these scores up, ascending.
+    pub fn at(&self, thresholds: &[f64]) -> Result<Vec<Counts>> {
+        let edges: Vec<Option<S::Key>> = thresholds.iter().map(|&edge| S::at_least(edge)).collect();
+        let first_from = |groups: &[Group<S::Key>], key: S::Key| {
+            groups
+                .get(groups.partition_point(|&(other, _)| other < key))
+                .copied()
+        };
+        let from = match &self.rungs {
+            Rungs::Fine(groups) => {
+                let counts = |edge: &Option<S::Key>| {
+                    edge.and_then(|key| first_from(groups, key))
+                        .map_or(Counts::default(), |(_, counts)| counts)
+                };
+                return Ok(edges.iter().map(counts).collect());
+            }
+            Rungs::Coarse(from) => from,
+        };
+        // A bucket whose low end is the threshold needs no second look.
+        let cuts: Vec<Option<(usize, bool)>> = edges
+            .iter()
+            .map(|edge| edge.map(|key| (bucket(S::from_key(key)) as usize, is_low_end::<S>(key))))
+            .collect();
+        let mut wanted: Vec<usize> = cuts
+            .iter()
+            .flatten()
+            .filter(|(bucket, whole)| !whole && from[*bucket] != from[bucket + 1])
+            .map(|&(bucket, _)| bucket)
+            .collect();
+        wanted.dedup();
+        let groups = self.expand(&wanted)?;
+        let counts = edges.iter().zip(&cuts).map(|(edge, cut)| {
+            let (Some(key), Some((bucket, whole))) = (*edge, *cut) else {
+                return Counts::default();
+            };
+            if whole {
+                return from[bucket];
+            }
+            match first_from(&groups, key) {
+                Some((next, counts)) if self::bucket(S::from_key(next)) as usize == bucket => {
+                    counts
+                }
+                _ => from[bucket + 1],
+            }
+        });
+        Ok(counts.collect())
+    }
+
+    /// The groups in which the samples of these ranks lie; rank 1 is the highest score, ranks ascend.
+    pub fn ranks(&self, ranks: &[usize]) -> Result<Vec<Group<S::Key>>> {
+        let of_rank = |groups: &[Group<S::Key>], rank: usize| {
+            groups[groups.partition_point(|&(_, counts)| counts.accepted >= rank) - 1]
+        };
+        match &self.rungs {
+            Rungs::Fine(groups) => Ok(ranks.iter().map(|&rank| of_rank(groups, rank)).collect()),
+            Rungs::Coarse(from) => {
+                let place =
+                    |&rank: &usize| from.partition_point(|counts| counts.accepted >= rank) - 1;
+                let mut wanted: Vec<usize> = ranks.iter().rev().map(place).collect();
+                wanted.dedup();
+                let groups = self.expand(&wanted)?;
+                Ok(ranks.iter().map(|&rank| of_rank(&groups, rank)).collect())
+            }
+        }
+    }
+
+    /// Bounds of the counts from the sample of a rank up: the most and the least its group can hold.
+    pub fn around_rank(&self, rank: usize) -> (Counts, Counts) {
+        match &self.rungs {
+            Rungs::Fine(groups) => {
+                let (_, counts) = groups[groups.partition_point(|&(_, c)| c.accepted >= rank) - 1];
+                (counts, counts)
+            }
+            Rungs::Coarse(from) => {
+                let place = from.partition_point(|counts| counts.accepted >= rank) - 1;
+                (from[place], from[place + 1])
+            }
+        }
+    }
+
+    /// The groups of some buckets, ascending.
+    fn expand(&self, wanted: &[usize]) -> Result<Vec<Group<S::Key>>> {
+        let Rungs::Coarse(from) = &self.rungs else {
+            return Ok(Vec::new());
+        };
+        if wanted.is_empty() {
+            return Ok(Vec::new());
+        }
+        let (keys, flags) = self.gather(wanted)?;
+        let (keys, flags) = sort_pairs(keys, flags, |key| key, self.run)?;
+        let mut groups: Vec<Group<S::Key>> = Vec::new();
+        let mut inside = usize::MAX;
+        let mut counts = Counts::default();
+        for (&key, &flag) in keys.iter().zip(&flags).rev() {
+            let bucket = bucket(S::from_key(key)) as usize;
+            if bucket != inside {
+                inside = bucket;
+                counts = from[bucket + 1];
+            }
+            counts += Counts {
+                accepted: 1,
+                correct: usize::from(flag),
+            };
+            match groups.last_mut() {
+                Some((last, sum)) if *last == key => *sum = counts,
+                _ => groups.push((key, counts)),
+            }
+        }
+        groups.reverse();
+        Ok(groups)
+    }
+
+    /// The samples of some buckets, in no order.
+    fn gather(&self, wanted: &[usize]) -> Result<(Vec<S::Key>, Vec<u8>)> {
+        let mut is_wanted = vec![false; BUCKETS];
+        wanted.iter().for_each(|&bucket| is_wanted[bucket] = true);
+        let (low, high) = (wanted[0] as u32, wanted[wanted.len() - 1] as u32);
+        let found = self.run.map(self.samples.pieces(PIECE / 16), |piece| {
+            let (mut keys, mut flags) = (Vec::new(), Vec::new());
+            let mut buckets = [0u32; TOGETHER];
+            piece.words(|alive, scores, correct| {
+                if alive == 0 {
+                    return;
+                }
+                let mut any = false;
+                for (bucket, score) in buckets.iter_mut().zip(scores) {
+                    *bucket = self::bucket(*score);
+                    any |= (low..=high).contains(bucket);
+                }
+                if !any {
+                    return;
+                }
+                for (at, (score, flag)) in scores.iter().zip(correct).enumerate() {
+                    if is_wanted[buckets[at] as usize] && alive >> at & 1 == 1 {
+                        keys.push(score.key());
+                        flags.push(*flag);
+                    }
+                }
+            });
+            (keys, flags)
+        })?;
+        let (mut keys, mut flags) = (Vec::new(), Vec::new());
+        for (more_keys, more_flags) in found {
+            keys.extend(more_keys);
+            flags.extend(more_flags);
+        }
+        Ok((keys, flags))
+    }
+}
+
+/// The best a threshold between two others can do: all correct samples in between come first.
+pub(crate) fn best_of(low: Counts, high: Counts) -> Counts {
+    let inside = low - high;
+    // Without a correct sample in between, a wrong one is the least there can be.
+    Counts {
+        accepted: high.accepted + inside.correct.max(1).min(inside.accepted),
+        correct: high.correct + inside.correct,
+    }
+}
+
+/// Whether the key is the lowest of its bucket.
+fn is_low_end<S: Bucketed>(key: S::Key) -> bool {
+    // The key below that of zero belongs to -0.0, which has zero's.
+    let below = |steps| S::from_key(S::Key::from_index(key.index().saturating_sub(steps)));
+    let before = if below(1).key() == key {
+        below(2)
+    } else {
+        below(1)
+    };
+    bucket(before) != bucket(S::from_key(key))
+}
+
+/// Every distinct key.
+fn fine<S: Bucketed>(samples: &Survivors<S>, run: &Run) -> Result<Vec<Group<S::Key>>> {
+    let mut groups = Vec::new();
+    let collect = |key, counts| {
+        groups.push((key, counts));
+        ControlFlow::Continue(())
+    };
+    match samples.compact() {
+        Some((scores, correct)) => {
+            let given = Given {
+                scores: &scores,
+                correct: &correct,
+            };
+            Ascending::sorted(&given, run)?.groups(Counts::default(), collect);
+        }
+        None => {
+            let given = Given {
+                scores: samples.scores,
+                correct: samples.correct,
+            };
+            Ascending::sorted(&given, run)?.groups(Counts::default(), collect);
+        }
+    }
+    Ok(groups)
+}
+
+/// The counts from each bucket up.
+fn coarse<S: Bucketed>(samples: &Survivors<S>, run: &Run) -> Result<Vec<Counts>> {
+    let size = (samples.scores.len() / (4 * run.threads())).clamp(PIECE / 16, PIECE);
+    // Both counts in one word, so that a sample costs one addition; 2^32 samples of one bucket would be too many.
+    let tables = run.fold(
+        samples.pieces(size),
+        || (vec![Counts::default(); BUCKETS + 1], true),
+        |(table, valid), piece| {
+            let mut small = vec![0u64; BUCKETS];
+            let mut buckets = [0u32; TOGETHER];
+            let mut offence = false;
+            piece.words(|alive, scores, correct| {
+                for ((bucket, score), flag) in buckets.iter_mut().zip(scores).zip(correct) {
+                    *bucket = self::bucket(*score);
+                    offence |= !score.is_finite() | (*flag > 1);
+                }
+                if alive == u64::MAX {
+                    for (&bucket, &flag) in buckets.iter().zip(correct) {
+                        small[bucket as usize] += 1 + (u64::from(flag) << 32);
+                    }
+                } else {
+                    let mut rest = alive;
+                    while rest != 0 {
+                        let at = rest.trailing_zeros() as usize;
+                        rest &= rest - 1;
+                        small[buckets[at] as usize] += 1 + (u64::from(correct[at]) << 32);
+                    }
+                }
+            });
+            *valid &= !offence;
+            for (counts, sum) in table.iter_mut().zip(small) {
+                let (accepted, correct) = (sum as u32 as usize, (sum >> 32) as usize);
+                *counts += Counts { accepted, correct };
+            }
+        },
+    )?;
+    if tables.iter().any(|(_, valid)| !valid) {
+        require_valid(samples.scores, samples.correct, None, run)?;
+    }
+    let mut from = vec![Counts::default(); BUCKETS + 1];
+    for (table, _) in tables {
+        for (counts, more) in from.iter_mut().zip(table) {
+            *counts += more;
+        }
+    }
+    let mut sum = Counts::default();
+    for counts in from.iter_mut().rev() {
+        sum += *counts;
+        *counts = sum;
+    }
+    Ok(from)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn buckets_do_not_fall_and_low_ends_are_what_they_should_be() {
+        let mut last = 0;
+        let mut keys: Vec<u32> = (0..=u32::MAX).step_by(4099).collect();
+        keys.extend(Score::key(0.4999f32)..Score::key(0.5001f32));
+        keys.extend(Score::key(0.99999f32)..Score::key(1.001f32));
+        keys.sort_unstable();
+        for key in keys {
+            let bucket = bucket_of_float(key);
+            assert!((bucket as usize) < BUCKETS && bucket >= last, "{key:x}");
+            last = bucket;
+        }
+        for k in 1..=20 {
+            for m in 0..8 {
+                let away = (1.0 + f64::from(m) / 8.0) / f64::from(1u32 << k);
+                for edge in [away.min(0.5), 1.0 - away.min(0.5), 1.0, 0.0] {
+                    assert!(is_low_end::<f32>(Score::key(edge as f32)), "{edge}");
+                    assert!(is_low_end::<f64>(Score::key(edge)), "{edge}");
+                }
+            }
+        }
+        assert!(is_low_end::<f32>(Score::key(1.0f32.next_up())));
+    }
+}

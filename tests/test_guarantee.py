@@ -1,0 +1,470 @@
+"""Certificates: exact tails, the same as the specification, and false no more often than they say."""
+
+from __future__ import annotations
+
+import math
+
+import mpmath
+import numpy as np
+import pytest
+from generators import CORRECT, DTYPES, SCORES
+from offramp import InputError, _core, certify, decide, fast_calibrate, reference
+from offramp.design import lattice, lattice_starts
+from offramp.reference.guarantee import is_evident
+from scipy import stats
+
+METHODS = ("e-process", "fixed-sequence", "bonferroni", "sgr")
+RISKS = (1 - 0.5, 1 - 0.9, 1 - 0.95, 1 - 0.999, 1e-6, 0.97)
+
+
+def exact_tail(errors, n, risk):
+    """P(Bin(n, risk) <= errors) to 30 digits, as a sum from the largest term down."""
+    with mpmath.workdps(40):
+        p = mpmath.mpf(risk)
+        upper = errors >= n * p
+        k = errors + 1 if upper else errors
+        log_mass = (
+            mpmath.loggamma(n + 1)
+            - mpmath.loggamma(k + 1)
+            - mpmath.loggamma(n - k + 1)
+            + k * mpmath.log(p)
+            + (n - k) * mpmath.log1p(-p)
+        )
+        total = term = mpmath.mpf(1)
+        while 0 < k < n and term > total * mpmath.mpf(10) ** -20:
+            term *= (n - k) * p / ((k + 1) * (1 - p)) if upper else k * (1 - p) / ((n - k + 1) * p)
+            total += term
+            k += 1 if upper else -1
+        return 1 - mpmath.exp(log_mass) * total if upper else mpmath.exp(log_mass) * total
+
+
+def tail_cases():
+    for n in (1, 2, 16, 50, 1000, 10_000):
+        for risk in RISKS:
+            middle, deviation = n * risk, math.sqrt(n * risk * (1 - risk))
+            for z in (-3, -0.5, 0, 0.5, 1.645, 3, 8, 25):
+                errors = int(middle - z * deviation)
+                if 0 <= errors < n:
+                    yield errors, n, risk
+    # Nearer to the mean the exact sum has too many terms for these.
+    for n in (10**7, 10**9):
+        for risk in RISKS:
+            for z in (8, 20, 30):
+                errors = int(n * risk - z * math.sqrt(n * risk * (1 - risk)))
+                if errors >= 0:
+                    yield errors, n, risk
+
+
+def test_tails_are_exact_and_rounded_up():
+    cases = list(tail_cases())
+    assert len(cases) > 150
+    for errors, n, risk in cases:
+        found, exact = _core.binomial_p_value(errors, n, risk), exact_tail(errors, n, risk)
+        assert found <= 1.0
+        if exact < 1e-280:
+            assert exact <= found <= 1e-279
+        else:
+            assert exact <= found or exact > 1 - 1e-9
+            assert found <= exact * (1 + mpmath.mpf("1.01e-9")), (errors, n, risk)
+
+
+def test_tails_against_scipy():
+    rng = np.random.default_rng(1)
+    n = (10 ** rng.uniform(0, 9, 3000)).astype(np.int64)
+    risk = rng.choice(RISKS, 3000)
+    z = rng.normal(size=3000) * 3
+    errors = np.clip(n * risk + z * np.sqrt(n * risk * (1 - risk)), 0, n).astype(np.int64)
+    expected = stats.binom.cdf(errors, n, risk)
+    found = np.array(
+        [_core.binomial_p_value(*case) for case in zip(errors.tolist(), n.tolist(), risk, strict=True)]
+    )
+    likely = expected > 1e-200
+    assert likely.mean() > 0.95
+    # At a risk of 1e-6 scipy itself is off by up to 5e-9; the sums above say so.
+    np.testing.assert_allclose(found[likely], np.minimum(expected * (1 + 1e-9), 1)[likely], rtol=1e-8)
+    plain = likely & (risk > 1e-4)
+    np.testing.assert_allclose(found[plain], np.minimum(expected * (1 + 1e-9), 1)[plain], rtol=3e-10)
+
+
+@pytest.mark.parametrize(("errors", "n", "risk", "p"), [(0, 0, 0.1, 1.0), (5, 5, 0.1, 1.0), (0, 5, 0.0, 1.0)])
+def test_tails_at_the_ends(errors, n, risk, p):
+    assert _core.binomial_p_value(errors, n, risk) == p
+
+
+def test_upper_bounds_refute_and_barely():
+    rng = np.random.default_rng(2)
+    for _ in range(400):
+        n = int(10 ** rng.uniform(0, 9))
+        errors = int(rng.choice([0, 1, n // 1000, n // 20, n // 2, n - 1, n]))
+        errors = min(max(errors, 0), n)
+        delta = float(rng.choice([0.05, 1e-3, 1e-9, 0.5]))
+        bound = _core.binomial_upper_bound(errors, n, delta)
+        if errors == n:
+            assert bound == 1.0
+            continue
+        assert _core.binomial_p_value(errors, n, bound) <= delta
+        assert _core.binomial_p_value(errors, n, bound * (1 - 1e-8)) > delta
+        assert bound == pytest.approx(stats.beta.ppf(1 - delta, errors + 1, n - errors), rel=1e-7)
+
+
+def log_evidence(errors, n, alpha):
+    """By the formula, with integrals to 30 digits."""
+    with mpmath.workdps(50):
+        x = mpmath.mpf(alpha)
+        b = (1 - x) / x
+        p, q = 1 + errors, b + n - errors
+        # The incomplete beta function as its hypergeometric series.
+        total = term = mpmath.mpf(1)
+        j = 0
+        while term > total * mpmath.mpf(10) ** -25 or j < 100:
+            term *= (p + q + j) / (p + 1 + j) * x
+            total += term
+            j += 1
+        numerator = p * mpmath.log(x) + q * mpmath.log1p(-x) - mpmath.log(p) + mpmath.log(total)
+        denominator = mpmath.log((1 - (1 - x) ** b) / b)
+        return numerator - denominator - errors * mpmath.log(x) - (n - errors) * mpmath.log1p(-x)
+
+
+def test_the_series_is_the_beta_integral():
+    for errors, n, alpha in ((0, 10, 0.1), (3, 100, 0.05), (40, 300, 0.2)):
+        with mpmath.workdps(30):
+            b = (1 - mpmath.mpf(alpha)) / alpha
+            log_wealth = (
+                mpmath.log(mpmath.betainc(1 + errors, b + n - errors, 0, alpha))
+                - mpmath.log(mpmath.betainc(1, b, 0, alpha))
+                - errors * mpmath.log(alpha)
+                - (n - errors) * mpmath.log1p(-mpmath.mpf(alpha))
+            )
+        assert float(log_evidence(errors, n, alpha)) == pytest.approx(float(log_wealth), rel=1e-9)
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1 - 0.95, 1 - 0.999, 0.9])
+@pytest.mark.parametrize("n", [1, 30, 1000, 10**5])
+def test_evidence_flips_where_it_should(n, alpha):
+    for delta in (0.05, 1e-6):
+        low, high = -1, int(alpha * n) + 1
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if _core.evidence_suffices(middle, n, alpha, delta) else (low, middle)
+        if low >= 0:
+            assert log_evidence(low, n, alpha) >= -math.log(delta)
+            assert is_evident(low, n, alpha, delta)
+        if high < alpha * n:
+            assert log_evidence(high, n, alpha) < -math.log(delta) + 2e-9
+            assert not is_evident(high, n, alpha, delta)
+
+
+def test_evidence_at_a_billion():
+    n, alpha = 10**9, 1 - 0.95
+    deviation = math.sqrt(n * alpha * (1 - alpha))
+    verdicts = [
+        _core.evidence_suffices(int(n * alpha - z * deviation), n, alpha, 0.05) for z in (0, 2, 3, 6, 300)
+    ]
+    assert verdicts == [False, False, False, True, True]
+    assert not _core.evidence_suffices(n, n, alpha, 0.05)
+    assert not _core.evidence_suffices(0, 0, alpha, 0.05)
+
+
+# The same as the specification.
+
+
+def assert_same(scores, correct, eps, **options):
+    ours, theirs = (
+        certify(scores, correct, eps, **options),
+        reference.certify(scores, correct, eps, **options),
+    )
+    for name in ("tau", "accepted", "correct", "found", "n", "method", "assumptions"):
+        assert getattr(ours, name) == getattr(theirs, name), (name, ours, theirs)
+    assert ours.bound == pytest.approx(theirs.bound, rel=1e-8, nan_ok=True)
+    return ours.found
+
+
+def options(rng, size):
+    groups = rng.integers(0, max(1, size // 5), size)
+    grid = np.sort(rng.normal(size=9))
+    yield from ({"method": method} for method in METHODS)
+    yield {"grid": grid}
+    yield {"method": "fixed-sequence", "grid": grid}
+    yield {"population": True, "seed": 3}
+    yield {"groups": groups, "group_method": "one-per-group", "seed": 5}
+    yield {"groups": groups, "grid": grid}
+    if size > 3:
+        yield {"method": "bonferroni", "grid": [1, size // 3 + 1]}
+
+
+def within_unit(scores):
+    return bool((scores.astype(np.float64) >= 0).all() and (scores.astype(np.float64) <= 1).all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_agrees_with_the_reference(dtype):
+    rng = np.random.default_rng([ord(letter) for letter in dtype])
+    found = cases = 0
+    for make_scores in SCORES.values():
+        for make_correct in CORRECT.values():
+            size = int(rng.choice([1, 2, 3, 17, 200, 700]))
+            scores = np.ascontiguousarray(make_scores(rng, (1, size), DTYPES[dtype]))
+            correct = make_correct(rng, scores)[0]
+            for option in options(rng, size):
+                if (
+                    option.get("method") == "fixed-sequence"
+                    and "grid" not in option
+                    and not within_unit(scores)
+                ):
+                    with pytest.raises(InputError, match="grid="):
+                        certify(scores[0], correct, 0.7, **option)
+                    continue
+                eps = float(rng.choice([0.0, 0.3, 0.5, 0.7, 0.9, 1.0]))
+                found += assert_same(scores[0], correct, eps, delta=float(rng.choice([0.05, 0.3])), **option)
+                cases += 1
+    assert cases > 700
+    assert found > 100
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["uniform", "near one", "normal", "heavy ties", "any bits"])
+def test_agrees_with_the_reference_where_scores_are_counted_in_buckets(dtype, kind):
+    rng = np.random.default_rng([ord(letter) for letter in dtype + kind])
+    scores = np.ascontiguousarray(SCORES[kind](rng, (1, 70_000), DTYPES[dtype]))
+    for correct in (CORRECT["calibrated"](rng, scores)[0], CORRECT["at target"](rng, scores)[0]):
+        for option in options(rng, 70_000):
+            if option.get("method") == "fixed-sequence" and "grid" not in option and not within_unit(scores):
+                continue
+            if "groups" not in option:
+                assert_same(scores[0], correct, float(rng.choice([0.6, 0.74, 0.9])), **option)
+
+
+def test_bets_agree_on_the_lattice():
+    rng = np.random.default_rng(8)
+    groups = np.repeat(rng.permutation(300), 40)
+    scores = rng.random(len(groups)).astype(np.float32)
+    correct = rng.random(len(groups)) < 0.5 + scores / 2
+    assert assert_same(scores, correct, 0.7, groups=groups)
+    assert assert_same(scores, correct, 0.7, groups=groups.astype("U5"), method="fixed-sequence")
+
+
+# How often they are false.
+
+SIZE, RUNS, DELTA = 1500, 300, 0.1
+FINE = (np.arange(20_000) + 0.5) / 20_000
+TARGET = 0.9
+RIGHT = {
+    "smooth": lambda score: 0.5 + 0.5 * score,
+    "flat at the target": lambda score: np.full_like(score, TARGET - 0.001),
+    "overconfident top": lambda score: np.where(score > 0.95, 0.6, 0.7 + 0.3 * score),
+    "sawtooth": lambda score: np.where((score * 12) % 1 < 0.5, 0.83, 0.96),
+}
+
+
+def true_accuracy(right, tau):
+    above = tau <= FINE
+    return right(FINE)[above].mean() if above.any() else 1.0
+
+
+def false_share(right, find, seed):
+    """How often the threshold found misses the target where the truth is known."""
+    rng = np.random.default_rng(seed)
+    misses = found = 0
+    for run in range(RUNS):
+        scores = rng.random(SIZE)
+        tau = find(scores, rng.random(SIZE) < right(scores), run)
+        found += math.isfinite(tau)
+        misses += math.isfinite(tau) and true_accuracy(right, tau) < TARGET
+    return misses, found
+
+
+# Enough by chance once in ten thousand tests if the rate is delta.
+MOST = stats.binom.ppf(1 - 1e-4, RUNS, DELTA)
+
+
+@pytest.mark.parametrize("method", ["e-process", "fixed-sequence", "bonferroni", "sgr", "population"])
+@pytest.mark.parametrize("kind", RIGHT)
+def test_certificates_are_seldom_false(kind, method):
+    if method == "sgr" and kind in ("overconfident top", "sawtooth"):
+        pytest.skip("sgr is for risks that rise with coverage")
+
+    def find(scores, correct, run):
+        option = {"population": True, "seed": run} if method == "population" else {"method": method}
+        return certify(scores, correct, TARGET, delta=DELTA, **option).tau
+
+    misses, found = false_share(RIGHT[kind], find, 21)
+    assert misses <= MOST
+    if kind == "smooth":
+        assert found > 0.8 * RUNS
+
+
+@pytest.mark.parametrize("kind", RIGHT)
+def test_the_harness_catches_the_naive_threshold(kind):
+    misses, _ = false_share(
+        RIGHT[kind], lambda scores, correct, _: fast_calibrate(scores, correct, TARGET), 21
+    )
+    assert misses > 2 * MOST
+
+
+def test_the_harness_catches_a_pointwise_test():
+    """Taking the best of many exact tests, each at the full delta, is false too often where risk is flat."""
+
+    def find(scores, correct, _):
+        order = np.argsort(-scores)
+        errors = np.cumsum(~correct[order])
+        passes = stats.binom.cdf(errors, np.arange(1, SIZE + 1), 1 - TARGET) <= DELTA
+        return scores[order[np.flatnonzero(passes)[-1]]] if passes.any() else math.inf
+
+    misses, _ = false_share(RIGHT["flat at the target"], find, 22)
+    assert misses > MOST
+
+
+GROUP, GROUPS = 100, 100
+
+
+def clustered_share(find, runs=150):
+    """Groups right or wrong together: 12% of each group's samples are wrong on average, all scores alike."""
+    rng = np.random.default_rng(23)
+    groups = np.repeat(np.arange(GROUPS), GROUP)
+    misses = 0
+    for run in range(runs):
+        risk = np.repeat(rng.beta(0.12 * 3, 0.88 * 3, GROUPS), GROUP)
+        scores = rng.random(len(groups))
+        correct = rng.random(len(groups)) >= risk
+        misses += find(scores, correct, groups, run).found
+    return misses, stats.binom.ppf(1 - 1e-4, runs, DELTA)
+
+
+@pytest.mark.parametrize("group_method", ["betting", "one-per-group"])
+def test_groups_are_heeded(group_method):
+    def find(scores, correct, groups, run):
+        return certify(
+            scores,
+            correct,
+            0.881,
+            delta=DELTA,
+            groups=groups,
+            group_method=group_method,
+            method="fixed-sequence",
+            seed=run,
+        )
+
+    misses, most = clustered_share(find)
+    assert misses <= most
+
+
+def test_the_harness_catches_independence_where_there_is_none():
+    def find(scores, correct, _, __):
+        return certify(scores, correct, 0.881, delta=DELTA, method="fixed-sequence")
+
+    misses, most = clustered_share(find)
+    assert misses > most
+
+
+def test_bets_certify_what_is_plain():
+    rng = np.random.default_rng(24)
+    groups = np.repeat(np.arange(2000), 10)
+    scores = rng.random(len(groups))
+    correct = rng.random(len(groups)) < 0.5 + 0.5 * scores
+    found = certify(scores, correct, 0.8, groups=groups)
+    assert found.found
+    assert 0.2 < found.tau < 0.4
+    assert found.bound == 0.8
+    assert "10 samples" in found.assumptions
+
+
+# What others get wrong.
+
+
+def test_empty_thresholds_do_not_spoil_the_rest():
+    """MAPIE 1.6.0: one empty grid point gives p = NaN, and nothing is returned; scores capped at .95 trigger it."""
+    rng = np.random.default_rng(31)
+    scores = np.minimum(rng.random(20_000), 0.95)
+    correct = rng.random(20_000) < 0.6 + 0.4 * scores
+    for method in METHODS:
+        found = certify(scores, correct, 0.9, method=method)
+        assert found.found, method
+        assert found.bound >= 0.9
+        assert 0.5 < found.tau <= 0.95
+
+
+def test_errors_are_counted_not_rebuilt():
+    """SGR's own code: int(m * rate) loses the one error among 49; others ceil a float rate and gain one."""
+    assert int(49 * (1 / 49)) == 0
+    scores, correct = np.arange(98.0), np.ones(98, bool)
+    correct[49] = False
+    found = certify(scores, correct, 0.8, method="sgr")
+    assert found.accepted - found.correct == 1
+    steps = math.ceil(math.log2(98))
+    assert 1 - found.bound == pytest.approx(stats.beta.ppf(1 - 0.05 / steps, 2, found.accepted - 1), rel=1e-7)
+
+
+def test_calibration_and_decision_compare_alike():
+    """BranchyLLM: calibrates with <=, decides with <; and without a qualifying threshold tokens still exit."""
+    tau = fast_calibrate([0.2, 0.5, 0.5], [0, 1, 1], 0.9)
+    assert tau == 0.5
+    logits = np.log(np.array([0.75, 0.25], np.float32))
+    margin = float(decide(logits, 0.0).margin)
+    assert decide(logits, margin).exit
+    assert not decide(logits, np.nextafter(margin, 1)).exit
+    assert not decide(np.array([100.0, 0.0], np.float32), fast_calibrate([0.9], [0], 0.5)).exit
+    nothing = certify(np.linspace(0, 1, 100), np.zeros(100, int), 0.5)
+    assert (nothing.found, nothing.tau, nothing.accepted) == (False, math.inf, 0)
+    assert math.isnan(nothing.bound)
+
+
+def test_no_index_runs_past_the_thresholds():
+    """sklearn's precision_recall_curve appends a precision of 1 without a threshold: argmax can land there."""
+    assert fast_calibrate([0.1, 0.2, 0.3], [1, 1, 0], 1.0) == math.inf
+    assert not certify([0.1, 0.2, 0.3], [1, 1, 0], 1.0).found
+
+
+def test_a_wrong_top_does_not_hide_full_coverage():
+    """torch-uncertainty's CovAtxRisk: of 100 samples only the top one wrong; risk .05 allows full coverage."""
+    scores = np.linspace(0, 1, 100)
+    assert fast_calibrate(scores, np.arange(100) != 99, 0.95) == 0.0
+    scores = np.linspace(0, 1, 3000)
+    correct = np.arange(3000) < 2990
+    for method in METHODS:
+        found = certify(scores, correct, 0.95, method=method)
+        assert found.coverage > 0.9, method
+
+
+# Arguments.
+
+
+def test_walks_start_within_the_lattice():
+    grid = lattice()
+    assert (np.diff(grid) > 0).all()
+    assert [grid[place] for place in lattice_starts(grid)][:2] == [1.0, 1 - 2**-12]
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"method": "holm"}, "method is 'holm': choose 'e-process'"),
+        ({"group_method": "mean"}, "group_method is 'mean'"),
+        ({"delta": 0.0}, "delta is 0.0"),
+        ({"delta": True}, "delta is True"),
+        ({"eps": [0.5, 0.6]}, "eps has shape"),
+        ({"eps": 1.5}, "eps must lie in"),
+        ({"groups": [1, 2]}, "groups has shape"),
+        ({"groups": [1, 2, 3], "method": "sgr"}, "use 'one-per-group'"),
+        ({"groups": [1, 2, 3], "population": True}, "population does not go with"),
+        ({"method": "sgr", "population": True}, "population goes with method 'e-process'"),
+        ({"method": "sgr", "grid": [0.5]}, "grid does not go with method 'sgr'"),
+        ({"method": "bonferroni", "grid": [3]}, "whole numbers from 1 to 2"),
+        ({"grid": [math.nan]}, "grid must hold thresholds"),
+        ({"seed": -1}, "seed is -1"),
+        ({"threads": 0}, "threads must be at least 1"),
+        ({"scores": [0.1, math.nan, 0.2]}, r"scores\[1\] is nan"),
+        ({"correct": [0, 1, 2]}, r"correct\[2\] is 2"),
+    ],
+)
+def test_refusals(option, message):
+    arguments = {"scores": [0.1, 0.2, 0.3], "correct": [0, 1, 1], "eps": 0.5} | option
+    for function in (certify, reference.certify):
+        with pytest.raises(InputError, match=message):
+            function(**arguments)
+
+
+def test_certificates_say_what_they_are():
+    assert "No threshold is certified for accuracy 0.9 at confidence 0.95" in str(certify([0.5], [1], 0.9))
+    found = certify(np.linspace(0, 1, 1000), np.ones(1000, bool), 0.9)
+    assert str(found).startswith("At confidence 0.95 accuracy is at least 0.9 where score >= 0")
+    assert found.coverage == found.accuracy == 1.0
