@@ -36,10 +36,13 @@ _ASSUMPTIONS = {
     "sgr": f"{_INDEPENDENT} Risk rises with coverage; where it does not, the certificate may be false.",
 }
 _POPULATION = f"{_INDEPENDENT} Valid at all thresholds at once, for the risk of the population."
-_PER_GROUP = "Groups are independent; one sample of each was drawn, so the risk is that of a random sample of a random group. "
+_PER_GROUP = (
+    "Groups are independent; one sample of each was drawn, so the risk is that of a random sample of a random"
+    " group.  "
+)
 _BETTING = (
-    "Groups are independent draws and no group has more than {most} samples; samples within one may be alike in any way."
-    " The thresholds tried were fixed before the labels were seen."
+    "Groups are independent draws and no group has more than {most} samples; within one, samples may be alike in any"
+    " way.  The thresholds tried were fixed before the labels were seen."
 )
 
 
@@ -89,7 +92,7 @@ class Question:
     assumptions: str
 
 
-def ask(
+def ask(  # noqa: PLR0912 - a branch for every pair of arguments that may not go together
     samples: int,
     eps: Any,
     *,

@@ -6,7 +6,7 @@
 use crate::binomial::{evidence_suffices, p_value_within, upper_bound};
 use crate::clusters::{Clusters, bet_at_each};
 use crate::error::{Error, Result};
-use crate::ladder::{Bucketed, Ladder, best_of};
+use crate::ladder::{Bucketed, Ladder, best_of, of_rank};
 use crate::order::Key;
 use crate::run::Run;
 use crate::survivors::Survivors;
@@ -224,14 +224,23 @@ fn sgr<S: Bucketed>(ladder: &Ladder<S>, claim: Claim) -> Result<Found> {
     let claim = claim.shared(steps);
     // Places in ascending order, as in the paper: from place z on, the n - z + 1 highest are accepted.
     let (mut low, mut high, mut last) = (1, n, None);
+    let mut near = None;
     for _ in 0..steps {
         let middle = (low + high).div_ceil(2);
         let rank = n - middle + 1;
         let (most, least) = ladder.around_rank(rank);
-        let best = claim.holds(best_of(most, least));
-        // Few buckets are wide enough to leave it open; those are looked into.
-        let passes = best
-            && (claim.holds(worst_of(most, least)) || claim.holds(ladder.ranks(&[rank])?[0].1));
+        // Few buckets are wide enough to leave it open.
+        let passes = claim.holds(best_of(most, least))
+            && (claim.holds(worst_of(most, least)) || {
+                // All ranks that are still in question, once they are few: the steps that follow stay among them.
+                if near.is_none() {
+                    near = ladder.stretch(n - high + 1, n - low + 1)?;
+                }
+                match &near {
+                    Some(groups) => claim.holds(of_rank(groups, rank).1),
+                    None => claim.holds(ladder.ranks(&[rank])?[0].1),
+                }
+            });
         if passes {
             high = middle;
             last = Some(rank);

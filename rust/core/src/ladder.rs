@@ -252,9 +252,6 @@ impl<'a, S: Bucketed> Ladder<'a, S> {
 
     /// The groups in which the samples of these ranks lie; rank 1 is the highest score, ranks ascend.
     pub fn ranks(&self, ranks: &[usize]) -> Result<Vec<Group<S::Key>>> {
-        let of_rank = |groups: &[Group<S::Key>], rank: usize| {
-            groups[groups.partition_point(|&(_, counts)| counts.accepted >= rank) - 1]
-        };
         match &self.rungs {
             Rungs::Fine(groups) => Ok(ranks.iter().map(|&rank| of_rank(groups, rank)).collect()),
             Rungs::Coarse(from) => {
@@ -266,6 +263,23 @@ impl<'a, S: Bucketed> Ladder<'a, S> {
                 Ok(ranks.iter().map(|&rank| of_rank(&groups, rank)).collect())
             }
         }
+    }
+
+    /// The groups of the buckets that hold a stretch of ranks; None where they are too many to gather.
+    pub fn stretch(&self, first: usize, last: usize) -> Result<Option<Vec<Group<S::Key>>>> {
+        let Rungs::Coarse(from) = &self.rungs else {
+            return Ok(None);
+        };
+        let place = |rank: usize| from.partition_point(|counts| counts.accepted >= rank) - 1;
+        let (low, high) = (place(last), place(first));
+        let room = ROOM.max(self.total().accepted / ROOM_SHARE);
+        if from[low].accepted - from[high + 1].accepted > room {
+            return Ok(None);
+        }
+        let wanted: Vec<usize> = (low..=high)
+            .filter(|&bucket| from[bucket] != from[bucket + 1])
+            .collect();
+        self.expand(&wanted).map(Some)
     }
 
     /// Bounds of the counts from the sample of a rank up: the most and the least its group can hold.
@@ -350,6 +364,11 @@ impl<'a, S: Bucketed> Ladder<'a, S> {
         }
         Ok((keys, flags))
     }
+}
+
+/// The group, among ascending ones, in which the sample of a rank lies.
+pub(crate) fn of_rank<K: Key>(groups: &[Group<K>], rank: usize) -> Group<K> {
+    groups[groups.partition_point(|&(_, counts)| counts.accepted >= rank) - 1]
 }
 
 /// The best a threshold between two others can do: all correct samples in between come first.

@@ -9,12 +9,9 @@ mod clusters;
 mod curve;
 mod error;
 mod exhaust;
-<<<<<<< HEAD
-mod isa;
-=======
 mod guarantee;
+mod isa;
 mod ladder;
->>>>>>> a740102 (Certificates and cascades: exact tails to n = 1e9, four methods, correlated samples, thresholds that hold together)
 pub mod margin;
 mod order;
 mod run;
@@ -32,12 +29,9 @@ pub use cascade::{Cascade, Goal, Heads, HoldOut, calibrate_cascade};
 pub use clusters::Clusters;
 pub use curve::{Curve, threshold_curve};
 pub use error::{Error, Position, Result};
-<<<<<<< HEAD
-pub use isa::InstructionSet;
-=======
 pub use guarantee::{Certificate, Certification, Walk, certify};
+pub use isa::InstructionSet;
 pub use ladder::Bucketed;
->>>>>>> a740102 (Certificates and cascades: exact tails to n = 1e9, four methods, correlated samples, thresholds that hold together)
 pub use order::{Key, Score};
 pub use run::{Method, Run};
 pub use sort::sort_by_score;

@@ -3,11 +3,8 @@
 mod calibration;
 mod decision;
 mod error;
-<<<<<<< HEAD
-mod isa;
-=======
 mod guarantee;
->>>>>>> a740102 (Certificates and cascades: exact tails to n = 1e9, four methods, correlated samples, thresholds that hold together)
+mod isa;
 
 use pyo3::prelude::*;
 
