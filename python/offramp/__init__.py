@@ -20,7 +20,7 @@ from offramp.outcomes import Cascade, Certificate
 
 if TYPE_CHECKING:
     from offramp.llm.calibrating import Calibration
-    from offramp.llm.heads import HeadConfig
+    from offramp.llm.heads import ExitHead, HeadConfig, register_head
     from offramp.llm.loading import load_model
     from offramp.llm.model import EarlyExitModel
     from offramp.llm.scoring import Scores
@@ -28,9 +28,11 @@ if TYPE_CHECKING:
 _LANGUAGE_MODEL_NAMES = {
     "Calibration": "offramp.llm.calibrating",
     "EarlyExitModel": "offramp.llm.model",
+    "ExitHead": "offramp.llm.heads",
     "HeadConfig": "offramp.llm.heads",
     "Scores": "offramp.llm.scoring",
     "load_model": "offramp.llm.loading",
+    "register_head": "offramp.llm.heads",
 }
 
 __all__ = [
@@ -39,6 +41,7 @@ __all__ = [
     "Certificate",
     "Decision",
     "EarlyExitModel",
+    "ExitHead",
     "HeadConfig",
     "InputError",
     "ModelError",
@@ -54,6 +57,7 @@ __all__ = [
     "fast_calibrate",
     "load_model",
     "reference",
+    "register_head",
     "sort_by_score",
     "threshold_curve",
     "top2_margin",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from offramp import InputError, StorageError
-from offramp.llm.data import CorpusPlan, prepare_corpus
+from offramp.llm.data import CorpusPlan, batches, corpus_bytes, prepare_corpus
 from offramp.llm.generating import continue_prompts
 from offramp.llm.sequences import TokenSequence, as_sequences, encode_prompts
 from offramp.llm.states import teacher_forced
@@ -29,10 +31,6 @@ def shards(folder):
     return {path.name: path.read_bytes() for path in folder.glob("shard-*.safetensors")}
 
 
-def row_sum(row):
-    return float(row.sum())
-
-
 def test_greedy_continuations_are_the_models(trunk, model, starts):
     ends = (7, 8, 9, 10, 11)
     written = continue_prompts(trunk, starts[:9], max_new_tokens=20, end_tokens=ends)
@@ -43,25 +41,27 @@ def test_greedy_continuations_are_the_models(trunk, model, starts):
     assert len({len(item.tokens) for item in written.sequences}) > 1
 
 
-def test_captured_states_are_those_of_a_pass_over_the_finished_text(trunk, starts):
+@pytest.mark.parametrize("shared", [0, 12])
+def test_captured_states_are_those_of_a_pass_over_the_finished_text(trunk, starts, shared):
+    prefix = torch.arange(20, 20 + shared)
     written = continue_prompts(
         trunk,
-        starts[:8],
+        [torch.cat([prefix, start]) for start in starts[:8]],
         max_new_tokens=15,
         end_tokens=(7, 8, 9),
         temperatures=[0.0, 0.7] * 4,
         generator=torch.Generator().manual_seed(0),
         capture=(2, 4),
     )
-    place = 0
-    for sequence in written.sequences:
+    for index, sequence in enumerate(written.sequences):
         [states] = teacher_forced(trunk, [sequence], (2, 4))
-        rows = slice(place, place + sequence.generated)
-        place += sequence.generated
-        torch.testing.assert_close(written.final[rows], states.final, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(written.final[index], states.final, rtol=1e-4, atol=1e-4)
+        logits = trunk.logits(states.final)
+        torch.testing.assert_close(written.log_normalizer[index], logits.logsumexp(-1), rtol=1e-4, atol=1e-4)
+        assert torch.equal(written.top[index][:, 0].long(), logits.argmax(dim=-1))
         for layer in (2, 4):
-            torch.testing.assert_close(written.exits[layer][rows], states.exits[layer], rtol=1e-4, atol=1e-4)
-    assert place == len(written.final)
+            whole = states.exits[layer][0, :-1]
+            torch.testing.assert_close(written.exits[layer][index], whole, rtol=1e-4, atol=1e-4)
 
 
 def test_continuations_stop_at_the_context_window(trunk):
@@ -69,40 +69,98 @@ def test_continuations_stop_at_the_context_window(trunk):
     assert len(sequence.tokens) == 160
 
 
-def test_rows_hold_what_the_model_said(trunk, starts, tmp_path):
+def test_a_batch_holds_what_the_model_said_and_held(trunk, starts, tmp_path):
     corpus = prepare_corpus(trunk, PLAN, tmp_path, prompts=starts)
     assert corpus.rows >= PLAN.tokens
     assert len(corpus.shards) > 2
-    picked = torch.tensor([0, corpus.rows - 1, 900, 5])
-    rows = corpus.take(picked)
-    logits = trunk.logits(rows["final"])
-    torch.testing.assert_close(rows["log_normalizer"], logits.logsumexp(dim=-1))
-    assert torch.equal(rows["top"][:, 0].long(), logits.argmax(dim=-1))
+    picked = torch.tensor([0, len(corpus) - 1, 100, 5])
+    batch = corpus.batch(picked, (2, 4))
+    logits = trunk.logits(batch.final)
+    torch.testing.assert_close(batch.log_normalizer, logits.logsumexp(dim=-1))
+    assert torch.equal(batch.top[:, 0].long(), logits.argmax(dim=-1))
     assert int(corpus.top_counts(89).sum()) == 8 * corpus.rows
+    place = 0
+    for row, number in enumerate(picked.tolist()):
+        sequence = corpus.sequence(number)
+        [states] = teacher_forced(trunk, [sequence], (2, 4))
+        mine = slice(place, place + sequence.generated)
+        place += sequence.generated
+        torch.testing.assert_close(batch.final[mine], states.final, rtol=1e-4, atol=1e-4)
+        assert (batch.picked[0][mine] == row).all()
+        assert torch.equal(batch.picked[1][mine], states.picked[1])
+        for layer in (2, 4):
+            kept = batch.hidden[layer][row, : len(sequence.tokens) - 1]
+            # Kept in 16 bits: 8 of significance.
+            torch.testing.assert_close(kept.float(), states.exits[layer][0, :-1], rtol=2**-8, atol=1e-4)
+    assert place == len(batch)
 
 
-def test_taking_rows_keeps_every_row_whole(trunk, starts, tmp_path):
-    corpus = prepare_corpus(trunk, PLAN, tmp_path, prompts=starts)
-    everything = {name: torch.cat([shard[name] for shard in corpus.shards]) for name in corpus.shards[0]}
-    picked = torch.randperm(corpus.rows, generator=torch.Generator().manual_seed(0))[:700]
-    rows = corpus.take(picked)
-    order = picked.sort().indices
-    for name, tensor in everything.items():
-        together = rows[name].reshape(700, -1).double()
-        wanted = tensor[picked[order]].reshape(700, -1).double()
-        assert torch.equal(together.sum(dim=0), wanted.sum(dim=0))
-    partner = dict(zip(map(row_sum, everything["final"]), map(row_sum, everything["hidden.2"]), strict=True))
-    for final, hidden in zip(rows["final"], rows["hidden.2"], strict=True):
-        assert partner[row_sum(final)] == row_sum(hidden)
+def test_the_split_keeps_prompts_whole_and_apart(trunk, starts, tmp_path):
+    plan = CorpusPlan((2,), 2000, 6, 9)
+    corpus = prepare_corpus(trunk, plan, tmp_path, prompts=starts[:60])
+    train, watched = corpus.split()
+    assert len(train) + len(watched) == len(corpus) > 240
+    assert 0 < len(watched) < 0.1 * len(corpus)
+    begun = [
+        {tuple(corpus.sequence(int(n)).tokens[:3].tolist()) for n in numbers} for numbers in (train, watched)
+    ]
+    assert not begun[0] & begun[1]
 
 
-def test_the_split_keeps_sequences_whole_and_apart(trunk, starts, tmp_path):
-    corpus = prepare_corpus(trunk, PLAN, tmp_path, prompts=starts)
-    train, watched = corpus.split(0.1)
-    assert len(train) + len(watched) == corpus.rows
-    assert 0 < len(watched) < 0.2 * corpus.rows
-    sequence = torch.cat([shard["sequence"] + (index << 32) for index, shard in enumerate(corpus.shards)])
-    assert not set(sequence[train].tolist()) & set(sequence[watched].tolist())
+def test_batches_are_whole_sequences_in_another_order_each_epoch():
+    generated = torch.tensor([5, 1, 9, 3, 7, 2, 2, 8, 40, 1])
+    numbers = torch.tensor([8, 0, 1, 2, 4, 5, 6, 7, 9])
+    orders = []
+    for epoch in range(3):
+        found = batches(numbers, generated[numbers], 10, seed=3, epoch=epoch)
+        assert sorted(torch.cat(found).tolist()) == sorted(numbers.tolist())
+        assert all(len(batch) for batch in found)
+        # A batch is full, but for its last sequence and the last batch.
+        assert all(int(generated[batch[:-1]].sum()) < 20 for batch in found)
+        assert sum(int(generated[batch].sum()) >= 5 for batch in found) >= 3
+        orders.append(torch.cat(found).tolist())
+    assert orders[0] != orders[1] != orders[2]
+    again = batches(numbers, generated[numbers], 10, seed=3, epoch=1)
+    assert torch.cat(again).tolist() == orders[1]
+
+
+def test_other_layers_and_fewer_or_more_tokens_use_what_is_there(trunk, starts, tmp_path, monkeypatch):
+    whole = prepare_corpus(trunk, CorpusPlan((2, 3, 4), 1500, 12, 9), tmp_path / "whole", prompts=starts)
+    prepare_corpus(trunk, CorpusPlan((2, 4), 1500, 12, 9), tmp_path / "other", prompts=starts)
+
+    def refuse(*_args, **_kwargs):
+        raise AssertionError("the model was run")
+
+    monkeypatch.setattr("offramp.llm.data.continue_prompts", refuse)
+    added = prepare_corpus(trunk, CorpusPlan((3, 4), 1500, 12, 9), tmp_path / "other", prompts=starts)
+    for number in (0, 70, len(whole) - 1):
+        mine, theirs = (corpus.batch(torch.tensor([number]), (3,)).hidden[3] for corpus in (added, whole))
+        torch.testing.assert_close(mine.float(), theirs.float(), rtol=2**-7, atol=1e-3)
+    monkeypatch.setattr(trunk, "run", refuse)
+    fewer = prepare_corpus(trunk, CorpusPlan((2,), 700, 12, 9), tmp_path / "other", prompts=starts)
+    assert 700 <= fewer.rows < 1500
+    assert (
+        prepare_corpus(trunk, CorpusPlan((4, 3), 1500, 12, 9), tmp_path / "other", prompts=starts).rows
+        == added.rows
+    )
+    for head, target in ((2, 6), (4, 5)):
+        assert len(fewer.fit_rows(trunk, head)) == len(fewer.fit_rows(trunk, target)) == fewer.rows
+    monkeypatch.undo()
+    more = prepare_corpus(trunk, CorpusPlan((2, 4), 2500, 12, 9), tmp_path / "other", prompts=starts)
+    assert more.rows >= 2500
+    assert torch.equal(more.sequence(5).tokens, whole.sequence(5).tokens)
+
+
+def test_the_size_is_told_before(trunk, starts, tmp_path, monkeypatch):
+    plan = CorpusPlan((2, 4), 2500, 12, 9)
+    told = corpus_bytes(trunk, plan, prompts=starts)
+    prepare_corpus(trunk, plan, tmp_path / "a", prompts=starts)
+    assert told == pytest.approx(sum(map(len, shards(tmp_path / "a").values())), rel=0.1)
+    monkeypatch.setattr("offramp.llm.data.shutil.disk_usage", lambda _: SimpleNamespace(free=told // 2))
+    with pytest.raises(StorageError, match="GB free"):
+        prepare_corpus(trunk, plan, tmp_path / "b", prompts=starts)
+    assert not shards(tmp_path / "b")
+    prepare_corpus(trunk, plan, tmp_path / "a", prompts=starts)  # nothing is missing, so nothing is needed
 
 
 def test_an_interrupted_corpus_is_completed_to_the_same_bytes(trunk, starts, tmp_path):
@@ -137,18 +195,20 @@ def test_an_interrupted_reading_of_own_text_is_completed(trunk, texts, tmp_path)
 
 def test_a_damaged_shard_is_named(trunk, starts, tmp_path):
     prepare_corpus(trunk, PLAN, tmp_path, prompts=starts)
-    victim = tmp_path / "shard-00001.safetensors"
-    data = bytearray(victim.read_bytes())
-    data[-100] ^= 1
-    victim.write_bytes(bytes(data))
-    with pytest.raises(StorageError, match="shard-00001"):
-        prepare_corpus(trunk, PLAN, tmp_path, prompts=starts)
+    for part in ("text", "layer-4"):
+        victim = tmp_path / f"shard-00001.{part}.safetensors"
+        kept = victim.read_bytes()
+        data = bytearray(kept)
+        data[-100] ^= 1
+        victim.write_bytes(bytes(data))
+        with pytest.raises(StorageError, match=f"shard-00001.{part}.safetensors is damaged"):
+            prepare_corpus(trunk, PLAN, tmp_path, prompts=starts)
+        victim.write_bytes(kept)
 
 
 def test_a_corpus_of_something_else_is_refused(trunk, starts, tmp_path):
     prepare_corpus(trunk, PLAN, tmp_path, prompts=starts)
     for plan, prompts, what in (
-        (CorpusPlan((2,), 2500, 12, 9), starts, "layers"),
         (CorpusPlan((2, 4), 2500, 12, 8), starts, "seed"),
         (PLAN, starts[1:], "text"),
     ):
@@ -200,8 +260,7 @@ def test_of_too_much_own_text_sequences_of_every_length_are_drawn(trunk, tmp_pat
     sequences = as_sequences([torch.full((length,), 7) for length in lengths], None, max_positions=160)
     corpus = prepare_corpus(trunk, CorpusPlan((2,), 2000), tmp_path / "a", sequences=sequences)
     assert 2000 <= corpus.rows < 2000 + 150
-    drawn = torch.cat([shard["sequence"] for shard in corpus.shards]).bincount()
-    assert drawn[drawn > 0].float().mean() == pytest.approx(sum(lengths) / len(lengths), rel=0.35)
+    assert corpus.lengths.float().mean() == pytest.approx(sum(lengths) / len(lengths), rel=0.35)
     again = prepare_corpus(trunk, CorpusPlan((2,), 2000), tmp_path / "b", sequences=sequences)
     assert again.rows == corpus.rows
     other = prepare_corpus(trunk, CorpusPlan((2,), 2000, seed=1), tmp_path / "c", sequences=sequences)

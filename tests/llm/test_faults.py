@@ -120,7 +120,7 @@ def test_another_failure_half_way_is_passed_on_and_changes_nothing(exits, prompt
     settings = {"attention_mask": mask, "max_new_tokens": NEW, "do_sample": False}
     before = exits.model.generate(ids, **settings)
     head = exits.heads.after(3)
-    monkeypatch.setattr(head, "forward", Failing(head.forward, 5, KeyboardInterrupt()))
+    monkeypatch.setattr(head, "advance", Failing(head.advance, 5, KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         exits.generate(ids, thresholds=[2, 0.3, 2], **settings)
     monkeypatch.undo()
@@ -159,8 +159,8 @@ def test_a_model_whose_logits_are_nan_is_named(exits, prompts, monkeypatch, mode
 @pytest.mark.parametrize("mode", ["exit", "verify"])
 def test_a_head_whose_logits_are_not_numbers_is_named(exits, prompts, monkeypatch, mode, value):
     head = exits.heads.after(3)
-    forward = head.forward
-    monkeypatch.setattr(head, "forward", lambda hidden: forward(hidden) * value)
+    logits = head.logits
+    monkeypatch.setattr(head, "logits", lambda features: logits(features) * value)
     with pytest.raises(ModelError, match=r"^model: the head after layer 3 gave logits that are not numbers"):
         exits.generate(prompts[0], mode=mode, thresholds=[2, 0.3, 0.3], max_new_tokens=NEW)
 

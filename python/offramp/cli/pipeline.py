@@ -24,6 +24,7 @@ from offramp.llm.loading import load_model
 from offramp.llm.model import EarlyExitModel
 from offramp.llm.prompts import prompts as shipped_prompts
 from offramp.llm.storage import require_free
+from offramp.llm.training import best_of
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -126,7 +127,7 @@ def train(
             progress=progress,
         )
     ee.save_pretrained(output)
-    metrics = history[-len(layers) :]
+    metrics = best_of(history)
     session.show(views.metrics_table(metrics))
     session.show(f"Heads stored in {output}; next: offramp calibrate {output}")
     session.result({"folder": str(output), "metrics": [asdict(item) for item in metrics]})

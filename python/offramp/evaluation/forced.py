@@ -24,7 +24,7 @@ from offramp.llm.model import EarlyExitModel
 from offramp.llm.planning import Costs, Replay
 from offramp.llm.scoring import Scores, model_choice
 from offramp.llm.sequences import TokenSequence
-from offramp.llm.states import Progress, teacher_forced
+from offramp.llm.states import Picked, Progress, teacher_forced
 
 CONFIDENCES = ("margin", "max_prob", "entropy")
 """Top-2 margin, largest probability, and negated entropy: of each, more means surer."""
@@ -137,7 +137,7 @@ def read(
     shared: list[tuple[NDArray[np.int64], ...]] = []
     for states in teacher_forced(first.trunk, sequences, layers, progress=progress, stage="reading"):
         for name, chosen in heads.items():
-            said = [_said(chosen.after(layer), states.exits[layer]) for layer in chosen.layers]
+            said = [_said(chosen.after(layer), states.exits[layer], states.picked) for layer in chosen.layers]
             parts[name].append([np.stack(column) for column in zip(*said, strict=True)])
         model = model_choice(first.trunk, states.final)
         rest = (states.emitted, states.groups, states.positions)
@@ -164,11 +164,11 @@ def read(
     return readings
 
 
-def _said(head: ExitHead, hidden: torch.Tensor) -> tuple[NDArray[Any], ...]:
-    """Margin, largest probability, negated entropy, and choice of a head for states (n, H), each (n,)."""
+def _said(head: ExitHead, hidden: torch.Tensor, picked: Picked) -> tuple[NDArray[Any], ...]:
+    """Margin, largest probability, negated entropy, and choice of a head at picked rows of (B, T, H), each (n,)."""
     columns = []
-    for chunk in hidden.split(_CHUNK):
-        logits = head(chunk)
+    for chunk in head.read(hidden, picked).split(_CHUNK):
+        logits = head.logits(chunk)
         rows, margins = top2_margin(logits)
         log_p = logits.float().log_softmax(dim=-1)
         # p log p is 0 where p is; log p may be -inf there.

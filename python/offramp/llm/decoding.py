@@ -22,6 +22,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from offramp.decision import decide
 from offramp.errors import InputError, ModelError, OutOfMemoryError
 from offramp.llm.heads import ExitHead
+from offramp.llm.reading import Reader
 from offramp.llm.trunk import Trunk, positions_from_mask
 
 _BROKEN = (
@@ -169,6 +170,7 @@ class Rollout:
         self.exits = list(exits)
         self.bounds = (0, *(item.layer for item in self.exits), trunk.num_layers)
         self.cache = trunk.new_cache()
+        self.readers = [Reader(item.head) for item in self.exits]
         self.max_pending = max_pending
         self.layer_runs = 0
         self.mask = attention_mask
@@ -207,7 +209,8 @@ class Rollout:
         for index, item in enumerate(self.exits):
             if not unanswered.any():
                 break
-            logits = item.head(self.run(index)[:, -1])
+            self.run(index)
+            logits = self.readers[index].answer(self.positions, self.mask)
             # Rows of a batch give arrays; numbers come from a single row without a batch.
             try:
                 choice, _, reached = (np.asarray(part) for part in decide(logits, item.threshold))
@@ -245,7 +248,8 @@ class Rollout:
             raise
         self.layer_runs += last - first
         self._waiting[segment] = []
-        if segment + 1 < len(self._waiting):
+        if segment < len(self.readers):
+            self.readers[segment].see(hidden)
             self._waiting[segment + 1].append(hidden)
         return hidden
 
@@ -278,6 +282,8 @@ class Rollout:
         """Forget the positions from ``length`` on; nothing may be waiting."""
         assert not any(self._waiting)
         self.cache.crop_to(0, self.trunk.num_layers, length)
+        for reader in self.readers:
+            reader.crop(length)
         self.positions = self.positions[:, :length]
         if self.mask is not None:
             self.mask = self.mask[:, :length]
@@ -289,6 +295,9 @@ class Rollout:
         for segment in range(1, len(self._waiting)):
             if self.pending(segment) > self.max_pending:
                 self.run(segment)
+        for reader in self.readers:
+            if reader.waiting > self.max_pending:
+                reader.catch_up(self.positions, self.mask)
 
     @staticmethod
     def _answer(

@@ -15,6 +15,12 @@ from offramp.llm.cache import GrowingCache
 from offramp.llm.sequences import TokenSequence, left_pad
 from offramp.llm.trunk import Trunk, positions_from_mask
 
+TOP = 8
+"""Number of the model's first choices kept for every token; the shortlist is chosen from them."""
+
+# A prefix shared by all prompts (a chat template's beginning) is run once; below this it is not worth a pass.
+_LEAST_SHARED = 8
+
 
 @dataclass
 class Continuations:
@@ -24,16 +30,22 @@ class Continuations:
     ----------
     sequences : list of TokenSequence
         Prompt and continuation of each row, the end-of-sequence token included.
-    exits : dict of (n, H)
-        Residual after each captured layer at the position that predicted each generated token; rows in the order of
-        ``sequences``, each sequence from its first token to its last.
-    final : (n, H) or None
-        Residual after the last layer at those positions.
+    exits : dict of list of (T - 1, H)
+        For each captured layer and sequence the residual after it at every token but the last, which predicts
+        nothing.
+    final : list of (n, H)
+        For each sequence the residual after the last layer at the positions that predicted its n generated tokens.
+    log_normalizer : list of (n,)
+        Log of the sum of the exponentials of the model's logits there.
+    top : list of (n, 8) int32
+        The model's first choices there.
     """
 
     sequences: list[TokenSequence]
-    exits: dict[int, torch.Tensor] = field(default_factory=dict)
-    final: torch.Tensor | None = None
+    exits: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+    final: list[torch.Tensor] = field(default_factory=list)
+    log_normalizer: list[torch.Tensor] = field(default_factory=list)
+    top: list[torch.Tensor] = field(default_factory=list)
 
 
 @torch.no_grad()
@@ -69,19 +81,23 @@ def continue_prompts(
     Continuations
         The rows in the order of the prompts.
     """
-    state = _Batch(trunk, prompts, temperatures, generator)
-    bounds = (0, *(capture or ()), trunk.num_layers)
+    state = _Batch(trunk, prompts, temperatures, generator, capture)
     room = trunk.max_positions - max(len(row) for row in prompts)
     for _ in range(min(max_new_tokens, room)):
-        hidden = state.next_inputs()
-        kept = []
-        for first, last in itertools.pairwise(bounds):
-            hidden = state.run(hidden, first, last)
-            kept.append(hidden[:, -1])
-        state.append(trunk.logits(kept[-1]), kept if capture is not None else None)
+        state.step()
         if state.drop_finished(end_tokens):
             break
-    return state.result(prompts, capture)
+    return state.result(prompts)
+
+
+@dataclass
+class _Kept:
+    """What one step leaves: the rows that were alive, their states a segment, and what the model said."""
+
+    rows: torch.Tensor
+    states: list[torch.Tensor]
+    log_normalizer: torch.Tensor
+    top: torch.Tensor
 
 
 class _Batch:
@@ -93,37 +109,38 @@ class _Batch:
         prompts: Sequence[torch.Tensor],
         temperatures: Sequence[float] | None,
         generator: torch.Generator | None,
+        capture: Sequence[int] | None,
     ) -> None:
-        tokens, mask = left_pad(prompts, pad=0)
         self.trunk = trunk
         self.cache: GrowingCache = trunk.new_cache()
         self.generator = generator
-        self.mask = None if mask is None else mask.to(trunk.device)
-        self.positions = positions_from_mask(torch.ones_like(tokens) if mask is None else mask).to(
-            trunk.device
-        )
+        self.capture = capture
         self.temperatures = torch.tensor(list(temperatures) if temperatures else [0.0] * len(prompts))
         self.rows = torch.arange(len(prompts))
-        self._inputs = tokens.to(trunk.device)
+        self._bounds = (0, *(capture or ()), trunk.num_layers)
         self._emitted: list[list[int]] = [[] for _ in prompts]
-        # One entry a step: the rows that were alive, and their hidden states a captured layer.
-        self._kept: list[tuple[torch.Tensor, list[torch.Tensor]]] = []
+        self._kept: list[_Kept] = []
+        self._shared = _shared_length(prompts)
+        tokens, mask = left_pad([prompt[self._shared :] for prompt in prompts], pad=0)
+        self._inputs = tokens.to(trunk.device)
+        whole = torch.ones(len(prompts), self._shared + tokens.shape[1], dtype=torch.int64)
+        if mask is not None:
+            # The padding lies between the shared prefix and what is a row's own.
+            whole[:, self._shared :] = mask
+        self.mask = None if mask is None else whole.to(trunk.device)
+        self.positions = positions_from_mask(whole).to(trunk.device)
+        self._prefix = self._run_shared(prompts[0][: self._shared]) if self._shared else []
 
-    def next_inputs(self) -> torch.Tensor:
-        return self.trunk.embed(self._inputs, self.positions[:, -self._inputs.shape[1] :])
-
-    def run(self, hidden: torch.Tensor, first: int, last: int) -> torch.Tensor:
-        positions = self.positions[:, -hidden.shape[1] :]
-        return self.trunk.run(
-            hidden, first, last, cache=self.cache, positions=positions, attention_mask=self.mask
-        )
-
-    def append(self, logits: torch.Tensor, kept: list[torch.Tensor] | None) -> None:
-        tokens = _pick(logits.float().cpu(), self.temperatures, self.generator)
+    def step(self) -> None:
+        """Write one token to every row."""
+        states = self._run(self._inputs, self.positions[:, -self._inputs.shape[1] :], self.mask)
+        logits = self.trunk.logits(states[-1][:, -1]).float()
+        if self.capture is not None:
+            top = logits.topk(min(TOP, logits.shape[-1]), dim=-1).indices.int()
+            self._kept.append(_Kept(self.rows, states, logits.logsumexp(dim=-1), top))
+        tokens = _pick(logits.cpu(), self.temperatures, self.generator)
         for row, token in zip(self.rows.tolist(), tokens.tolist(), strict=True):
             self._emitted[row].append(token)
-        if kept is not None:
-            self._kept.append((self.rows, kept))
         self._inputs = tokens.to(self.trunk.device)[:, None]
         self.positions = torch.cat([self.positions, self.positions[:, -1:] + 1], dim=1)
         if self.mask is not None:
@@ -142,20 +159,71 @@ class _Batch:
         self.cache.batch_select_indices(places)
         return len(self.rows) == 0
 
-    def result(self, prompts: Sequence[torch.Tensor], capture: Sequence[int] | None) -> Continuations:
+    def result(self, prompts: Sequence[torch.Tensor]) -> Continuations:
         sequences = [
             TokenSequence(torch.cat([prompt, torch.tensor(new, dtype=torch.int64)]), len(prompt))
             for prompt, new in zip(prompts, self._emitted, strict=True)
         ]
-        if capture is None:
+        if self.capture is None:
             return Continuations(sequences)
-        # Steps were kept in the order of time; a stable sort by row puts each sequence together.
-        order = torch.cat([rows for rows, _ in self._kept]).argsort(stable=True)
-        states = [
-            torch.cat(layer)[order.to(layer[0].device)]
-            for layer in zip(*(k for _, k in self._kept), strict=True)
+        states = [self._states(index, sequences) for index in range(len(self._bounds) - 1)]
+        final = [rows[-item.generated :] for rows, item in zip(states[-1], sequences, strict=True)]
+        return Continuations(
+            sequences,
+            dict(zip(self.capture, states[:-1], strict=True)),
+            final,
+            self._by_row([kept.log_normalizer for kept in self._kept]),
+            self._by_row([kept.top for kept in self._kept]),
+        )
+
+    def _run(
+        self, tokens: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None
+    ) -> list[torch.Tensor]:
+        """Output (B, q, H) of every segment, of the last alone where nothing is captured."""
+        hidden = self.trunk.embed(tokens, positions)
+        states = []
+        for first, last in itertools.pairwise(self._bounds):
+            hidden = self.trunk.run(
+                hidden, first, last, cache=self.cache, positions=positions, attention_mask=mask
+            )
+            states.append(hidden)
+        return states
+
+    def _run_shared(self, prefix: torch.Tensor) -> list[torch.Tensor]:
+        """Run the prefix once for all rows; returns its states (q, H) after every segment."""
+        tokens = prefix[None].to(self.trunk.device)
+        positions = torch.arange(len(prefix), device=self.trunk.device)[None]
+        states = self._run(tokens, positions, None)
+        self.cache.batch_repeat_interleave(len(self.rows))
+        return [hidden[0] for hidden in states]
+
+    def _states(self, segment: int, sequences: Sequence[TokenSequence]) -> list[torch.Tensor]:
+        """Output (T - 1, H) of a segment for every row, from the prefix over the prompt to the last step."""
+        first, *later = [kept.states[segment] for kept in self._kept]
+        own = [item.prompt_length - self._shared for item in sequences]
+        steps = self._by_row([first[:, :0].flatten(0, 1), *(hidden[:, 0] for hidden in later)], first=1)
+        prefix = self._prefix[segment] if self._shared else first[0, :0]
+        return [
+            torch.cat([prefix, first[row, first.shape[1] - length :], steps[row]])
+            for row, length in enumerate(own)
         ]
-        return Continuations(sequences, dict(zip(capture, states[:-1], strict=True)), states[-1])
+
+    def _by_row(self, steps: list[torch.Tensor], first: int = 0) -> list[torch.Tensor]:
+        """Values (alive, ...) of each step, from step ``first`` on, put together by row."""
+        rows = torch.cat([self.rows[:0], *(kept.rows for kept in self._kept[first:])])
+        counts = rows.bincount(minlength=len(self._emitted)).tolist()
+        # Steps were kept in the order of time; a stable sort by row puts each sequence together.
+        together = torch.cat(steps)[rows.argsort(stable=True).to(steps[0].device)]
+        return list(together.split(counts))
+
+
+def _shared_length(prompts: Sequence[torch.Tensor]) -> int:
+    """Tokens all prompts begin with, one left for each of its own; 0 where sharing them is not worth it."""
+    length = min(len(row) for row in prompts) - 1
+    beginnings = torch.stack([row[:length] for row in prompts])
+    differs = (beginnings != beginnings[0]).any(dim=0).nonzero().flatten()
+    shared = int(differs[0]) if len(differs) else length
+    return shared if shared >= _LEAST_SHARED and len(prompts) > 1 else 0
 
 
 def _pick(

@@ -1,25 +1,28 @@
-"""Exit heads: small modules that turn a hidden state after a chosen layer into logits.
+"""Exit heads: small modules that turn hidden states after a chosen layer into logits.
 
-A head is a transform, a norm and output rows, the rows over the whole vocabulary or over a shortlist of tokens.
-For `training`, `scoring`, `decoding` and `storage`; knows the model only through `Trunk`.
+A head gives features, which output rows turn into logits, the rows over the whole vocabulary or over a shortlist of
+tokens.  Heads may have attention of their own, with keys and values of their own (`AdapterHead`).
+For `training`, `scoring`, `decoding` and `storage`; knows the model only through `Trunk` and `branch`.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal, cast
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, cast
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 from offramp.errors import InputError
+from offramp.llm.branch import Branch, BranchState
+from offramp.llm.states import Picked
 from offramp.llm.trunk import Trunk
 
-_KINDS = ("linear", "mlp")
 _INITS = ("copy", "scratch")
+_HEADS: dict[str, type[ExitHead]] = {}
 
 
 @dataclass(frozen=True)
@@ -28,10 +31,12 @@ class HeadConfig:
 
     Attributes
     ----------
-    kind : {"mlp", "linear"}
+    kind : {"mlp", "linear", "adapter"} or a name given to `register_head`
         ``"linear"`` is the paper's: a norm and an output matrix of its own, both trained.  ``"mlp"`` trains a small
         transform of the hidden state (a linear map fitted by ridge regression to the last layer's output, plus a
-        gated residual block) and reads it with the model's own norm and output rows.
+        gated residual block) and reads it with the model's own norm and output rows.  ``"adapter"`` trains a linear
+        map, fitted to the input of the model's last layer, and decoder layers that start as the model's last, with
+        keys and values of their own; norm and output rows are the model's.
     shortlist : int, optional
         Number of tokens the head can emit: those the model ranks among its first eight most often.  ``None``: the
         whole vocabulary.  A shortlist makes a head cheap, and a token outside it is never emitted by the head.
@@ -39,55 +44,90 @@ class HeadConfig:
         For ``"linear"``: start from the model's norm and output rows, or from noise.
     width : int, optional
         For ``"mlp"``: width of the residual block; default the model's hidden size.
+    depth : int
+        For ``"adapter"``: number of decoder layers.
+    options : dict
+        For registered kinds: whatever they read, as plain values.
     """
 
-    kind: Literal["mlp", "linear"] = "mlp"
+    kind: str = "mlp"
     shortlist: int | None = 8192
     init: Literal["copy", "scratch"] = "copy"
     width: int | None = None
+    depth: int = 1
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Refuse what no head can be built from."""
-        if self.kind not in _KINDS:
-            raise InputError(f"head kind is {self.kind!r}: choose one of {', '.join(_KINDS)}")
+        if self.kind not in _HEADS:
+            raise InputError(
+                f"head kind is {self.kind!r}: choose one of {', '.join(_HEADS)}, or register your own with "
+                "offramp.register_head first"
+            )
         if self.init not in _INITS:
             raise InputError(f"init is {self.init!r}: choose one of {', '.join(_INITS)}")
         for name, value, least in (("shortlist", self.shortlist, 2), ("width", self.width, 1)):
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
                 raise InputError(f"{name} is {value!r}: give a whole number of at least {least}, or None")
+        if not isinstance(self.depth, int) or isinstance(self.depth, bool) or self.depth < 1:
+            raise InputError(f"depth is {self.depth!r}: give a whole number of at least 1")
 
     @classmethod
     def of(cls, head: str | HeadConfig) -> HeadConfig:
         """Read a head given by the name of its kind: ``"linear"`` is the paper's, over the whole vocabulary."""
         if isinstance(head, HeadConfig):
             return head
-        return cls(kind=head, shortlist=None if head == "linear" else 8192)  # type: ignore[arg-type]  # checked above
+        return cls(kind=head, shortlist=None if head == "linear" else 8192)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return asdict(self)
 
 
+class HeadState(Protocol):
+    """What a head with attention of its own keeps of the rows it has read, for one generation."""
+
+    @property
+    def length(self) -> int:
+        """Rows read."""
+
+    def crop(self, length: int) -> None:
+        """Forget the rows from ``length`` on."""
+
+
 class ExitHead(nn.Module):
-    """A transform, a norm, and output rows.
+    """Hidden states in, logits out: the base of every kind of head.
+
+    A kind without memory defines `features`.  One that attends to earlier tokens defines `read`, `new_state` and
+    `advance` instead.  Logits are always `features` times output rows: by default the model's own, which are neither
+    trained nor stored; a kind may train rows of its own with `set_rows`.  Parameters that require gradients after
+    construction are trained.
 
     Parameters
     ----------
     trunk
-        The model the head reads; only shapes, the norm and the output rows are taken from it.
+        The model the head reads.  A head may copy what it needs, and must not keep the trunk.
     config
         The kind of head.
     shortlist : (S,) int64, optional
         Token of each output row; ``None`` where the rows are the whole vocabulary.
     rows : (weight (S, H), bias (S,) or None), optional
         The model's output rows from `output_rows`, so that heads with one shortlist share their memory.
+
+    Attributes
+    ----------
+    fits : int or None
+        The layer whose output the head's first map is to predict before training starts, by `fit`; ``None`` where
+        there is nothing to fit.
+    borrowed : tuple of str
+        Beginnings of the names of parameters that are the model's own, and are not stored.
     """
 
-    transform: nn.Module
-    norm: nn.Module
     weight: torch.Tensor
     bias: torch.Tensor | None
     shortlist: torch.Tensor | None
+    fits: int | None = None
+    borrowed: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -100,28 +140,40 @@ class ExitHead(nn.Module):
         self.config = config
         weight, bias = rows or output_rows(trunk, shortlist)
         self.register_buffer("shortlist", shortlist.to(trunk.device) if shortlist is not None else None)
-        self.norm = copy.deepcopy(trunk.norm).float()
-        if config.kind == "linear":
-            self.transform = nn.Identity()
-            if config.init == "scratch":
-                weight = torch.randn_like(weight) * weight.std()
-                bias = None if bias is None else torch.zeros_like(bias)
-                for parameter in self.norm.parameters():
-                    nn.init.ones_(parameter)
-            self.weight = nn.Parameter(weight.clone())
-            self.bias = None if bias is None else nn.Parameter(bias.clone())
-        else:
-            self.transform = RidgeMLP(trunk.hidden_size, config.width or trunk.hidden_size).to(trunk.device)
-            self.register_buffer("weight", weight, persistent=False)
-            self.register_buffer("bias", bias, persistent=False)
-        self.requires_grad_(True)
-        if config.kind == "mlp":
-            self.norm.requires_grad_(False)
+        self.register_buffer("weight", weight, persistent=False)
+        self.register_buffer("bias", bias, persistent=False)
 
     def features(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return (..., H): what the output rows are multiplied with."""
-        features: torch.Tensor = self.norm(self.transform(hidden))
-        return features
+        """Return (..., H), what the output rows are multiplied with, for hidden states (..., H) each by itself."""
+        raise NotImplementedError(f"{type(self).__name__} defines no features")
+
+    def read(self, hidden: torch.Tensor, picked: Picked) -> torch.Tensor:
+        """Features (n, H) at the picked rows of whole sequences (B, T, H), padded on the right.
+
+        For training and scoring.
+        """
+        return self.features(hidden[picked])
+
+    def new_state(self) -> HeadState | None:
+        """Begin a generation; ``None`` for a kind without memory."""
+        return None
+
+    def advance(
+        self,
+        hidden: torch.Tensor,
+        state: HeadState | None,
+        positions: torch.Tensor,
+        mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Features (B, H) of the newest row, after reading all rows (B, q, H) that are new since the last call.
+
+        For decoding.  ``positions`` (B, q) are the rows' own, ``mask`` (B, at least read + q) is 0 at left padding.
+        """
+        return self.features(hidden[:, -1])
+
+    def logits(self, features: torch.Tensor) -> torch.Tensor:
+        """Logits (..., S) of features (..., H)."""
+        return functional.linear(features, self.weight, self.bias)
 
     if TYPE_CHECKING:
 
@@ -129,8 +181,17 @@ class ExitHead(nn.Module):
             """As `forward`."""
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits (..., S) of hidden states (..., H)."""
-        return functional.linear(self.features(hidden), self.weight, self.bias)
+        """Logits (..., S) of hidden states (..., H), for a kind without memory."""
+        return self.logits(self.features(hidden))
+
+    def fit(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
+        """Set the first map to predict ``targets`` (n, H), the states after layer `fits`, from ``inputs`` (n, H)."""
+
+    def set_rows(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        """Train and store output rows of the head's own, starting from these."""
+        for name, rows in (("weight", weight), ("bias", bias)):
+            del self._buffers[name]
+            self.register_parameter(name, None if rows is None else nn.Parameter(rows.clone()))
 
     def tokens(self, rows: torch.Tensor) -> torch.Tensor:
         """Token ids of output rows (any shape, int64)."""
@@ -144,16 +205,184 @@ class ExitHead(nn.Module):
         full[:, self.shortlist] = logits.float()
         return full
 
-    def cost(self) -> dict[str, int]:
-        """Parameters read, bytes read, and multiply-adds of one token."""
-        read = [*self.transform.parameters(), *self.norm.parameters(), self.weight]
-        read += [] if self.bias is None else [self.bias]
-        multiply_adds = sum(p.numel() for p in read if p.ndim == 2)
+    def own_state(self) -> dict[str, torch.Tensor]:
+        """Give what is stored of the head: its parameters and buffers without those that are the model's."""
         return {
-            "parameters": sum(p.numel() for p in read),
-            "bytes": sum(p.numel() * p.element_size() for p in read),
-            "multiply_adds": multiply_adds,
+            name: tensor
+            for name, tensor in self.state_dict().items()
+            if name != "shortlist" and not name.startswith(self.borrowed or ("\0",))
         }
+
+    def cost(self) -> dict[str, int]:
+        """Parameters read, bytes read, and multiply-adds of one token, keys and values left out."""
+        read = [*self.parameters(), *(b for name, b in self.named_buffers() if name != "shortlist")]
+        return {
+            "parameters": sum(tensor.numel() for tensor in read),
+            "bytes": sum(tensor.numel() * tensor.element_size() for tensor in read),
+            "multiply_adds": sum(tensor.numel() for tensor in read if tensor.ndim == 2),
+        }
+
+
+H = TypeVar("H", bound=type[ExitHead])
+
+
+def register_head(kind: str) -> Callable[[H], H]:
+    """Make a subclass of `ExitHead` a kind of head, to be named in `HeadConfig`.
+
+    Heads of the kind can be loaded only where it is registered.
+
+    Examples
+    --------
+    >>> from torch import nn
+    >>> @register_head("doctest-scaled")
+    ... class Scaled(ExitHead):
+    ...     def __init__(self, trunk, config, shortlist, rows=None):
+    ...         super().__init__(trunk, config, shortlist, rows)
+    ...         self.scale = nn.Parameter(torch.ones(trunk.hidden_size, device=trunk.device))
+    ...
+    ...     def features(self, hidden):
+    ...         return self.scale * hidden
+    >>> HeadConfig("doctest-scaled").kind
+    'doctest-scaled'
+    """
+
+    def register(head: H) -> H:
+        if not (isinstance(head, type) and issubclass(head, ExitHead)):
+            raise InputError(f"head is {head!r}: register a subclass of ExitHead")
+        if _HEADS.get(kind, head).__qualname__ != head.__qualname__:
+            raise InputError(f"kind is {kind!r}: there is another head of this name; choose another name")
+        _HEADS[kind] = head
+        return head
+
+    return register
+
+
+def make_head(
+    trunk: Trunk,
+    config: HeadConfig,
+    shortlist: torch.Tensor | None,
+    rows: tuple[torch.Tensor, torch.Tensor | None] | None = None,
+) -> ExitHead:
+    """Make an untrained head of the kind a config names."""
+    return _HEADS[config.kind](trunk, config, shortlist, rows)
+
+
+@register_head("linear")
+class LinearHead(ExitHead):
+    """The paper's: a norm and an output matrix, both trained."""
+
+    def __init__(
+        self,
+        trunk: Trunk,
+        config: HeadConfig,
+        shortlist: torch.Tensor | None,
+        rows: tuple[torch.Tensor, torch.Tensor | None] | None = None,
+    ) -> None:
+        super().__init__(trunk, config, shortlist, rows)
+        self.norm = copy.deepcopy(trunk.norm).float().requires_grad_(True)
+        weight, bias = self.weight, self.bias
+        if config.init == "scratch":
+            weight = torch.randn_like(weight) * weight.std()
+            bias = None if bias is None else torch.zeros_like(bias)
+            for parameter in self.norm.parameters():
+                nn.init.ones_(parameter)
+        self.set_rows(weight, bias)
+
+    def features(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the norm of (..., H)."""
+        features: torch.Tensor = self.norm(hidden)
+        return features
+
+
+@register_head("mlp")
+class MLPHead(ExitHead):
+    """A small trained transform, read with the model's own norm and output rows."""
+
+    borrowed = ("norm.",)
+
+    def __init__(
+        self,
+        trunk: Trunk,
+        config: HeadConfig,
+        shortlist: torch.Tensor | None,
+        rows: tuple[torch.Tensor, torch.Tensor | None] | None = None,
+    ) -> None:
+        super().__init__(trunk, config, shortlist, rows)
+        self.fits = trunk.num_layers
+        self.norm = copy.deepcopy(trunk.norm).float().requires_grad_(False)
+        self.transform = RidgeMLP(trunk.hidden_size, config.width or trunk.hidden_size).to(trunk.device)
+
+    def features(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the norm of the transform of (..., H)."""
+        features: torch.Tensor = self.norm(self.transform(hidden))
+        return features
+
+    def fit(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
+        """Fit the linear map by ridge regression."""
+        fit_linear(self.transform.linear, inputs, targets)
+
+
+@register_head("adapter")
+class AdapterHead(ExitHead):
+    """Decoder layers of the model's own class, between a linear map and the model's own norm and output rows.
+
+    The map is fitted to the input of the model's last layers, copies of which the layers start as: a head that maps
+    perfectly is the model.  EAGLE and Kangaroo are relatives.
+    """
+
+    borrowed = ("norm.",)
+
+    def __init__(
+        self,
+        trunk: Trunk,
+        config: HeadConfig,
+        shortlist: torch.Tensor | None,
+        rows: tuple[torch.Tensor, torch.Tensor | None] | None = None,
+    ) -> None:
+        super().__init__(trunk, config, shortlist, rows)
+        self.branch = Branch(trunk, config.depth)
+        self.fits = trunk.num_layers - config.depth
+        self.norm = copy.deepcopy(trunk.norm).float().requires_grad_(False)
+        self.linear = nn.Linear(trunk.hidden_size, trunk.hidden_size).to(trunk.device)
+        nn.init.eye_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+        self.layers = self.branch.new_layers()
+
+    def read(self, hidden: torch.Tensor, picked: Picked) -> torch.Tensor:
+        """Run over whole sequences; features at the picked rows."""
+        positions = torch.arange(hidden.shape[1], device=hidden.device).expand(hidden.shape[:2])
+        features: torch.Tensor = self.norm(
+            self.branch.run(self.layers, self.linear(hidden), positions)[picked]
+        )
+        return features
+
+    def new_state(self) -> BranchState:
+        """Give an empty cache."""
+        return self.branch.new_state(self.layers)
+
+    def advance(
+        self,
+        hidden: torch.Tensor,
+        state: HeadState | None,
+        positions: torch.Tensor,
+        mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Run over the new rows, adding their keys and values to the state."""
+        rows = self.branch.run(self.layers, self.linear(hidden), positions, mask, cast(BranchState, state))
+        features: torch.Tensor = self.norm(rows[:, -1])
+        return features
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits (B, T, S) at every token of whole sequences (B, T, H)."""
+        every = tuple(
+            index.flatten() for index in torch.meshgrid(*map(torch.arange, hidden.shape[:2]), indexing="ij")
+        )
+        flat: torch.Tensor = self.logits(self.read(hidden, cast(Picked, every)))
+        return flat.view(*hidden.shape[:2], -1)
+
+    def fit(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
+        """Fit the linear map by ridge regression."""
+        fit_linear(self.linear, inputs, targets)
 
 
 class ExitHeads(nn.ModuleDict):
@@ -171,11 +400,19 @@ class ExitHeads(nn.ModuleDict):
         """Return the head after a layer."""
         return cast(ExitHead, self[str(layer)])
 
+    def own_state(self) -> dict[str, torch.Tensor]:
+        """Give what is stored of all heads, named ``<layer>.<parameter>``."""
+        return {
+            f"{layer}.{name}": tensor
+            for layer in self.layers
+            for name, tensor in self.after(layer).own_state().items()
+        }
+
 
 class RidgeMLP(nn.Module):
-    """``A h + c + W2 silu(W1 n(h))``: a fitted linear map and a residual block that starts at zero.
+    """``A h + c + W2 silu(W1 n(h))``: a linear map and a residual block that starts at zero.
 
-    ``n`` scales its input to unit root mean square.  `fit` sets A and c by ridge regression.
+    ``n`` scales its input to unit root mean square.
     """
 
     def __init__(self, hidden_size: int, width: int) -> None:
@@ -193,20 +430,23 @@ class RidgeMLP(nn.Module):
         mapped: torch.Tensor = self.linear(hidden) + self.down(functional.silu(self.up(unit)))
         return mapped
 
-    @torch.no_grad()
-    def fit(self, inputs: torch.Tensor, targets: torch.Tensor, *, strength: float = 1e-3) -> None:
-        """Set the linear map to the ridge regression of ``targets`` (n, H) on ``inputs`` (n, H), in float64.
 
-        ``strength`` is the ridge penalty relative to the mean squared input.
-        """
-        x, y = inputs.double(), targets.double()
-        x_mean, y_mean = x.mean(0), y.mean(0)
-        x, y = x - x_mean, y - y_mean
-        gram = x.T @ x
-        gram.diagonal().add_(strength * gram.diagonal().mean())
-        solution = torch.linalg.solve(gram, x.T @ y)
-        self.linear.weight.copy_(solution.T)
-        self.linear.bias.copy_(y_mean - x_mean @ solution)
+@torch.no_grad()
+def fit_linear(
+    linear: nn.Linear, inputs: torch.Tensor, targets: torch.Tensor, *, strength: float = 1e-3
+) -> None:
+    """Set a linear map to the ridge regression of ``targets`` (n, H) on ``inputs`` (n, H), in float64.
+
+    ``strength`` is the ridge penalty relative to the mean squared input.
+    """
+    x, y = inputs.double(), targets.double()
+    x_mean, y_mean = x.mean(0), y.mean(0)
+    x, y = x - x_mean, y - y_mean
+    gram = x.T @ x
+    gram.diagonal().add_(strength * gram.diagonal().mean())
+    solution = torch.linalg.solve(gram, x.T @ y)
+    linear.weight.copy_(solution.T)
+    linear.bias.copy_(y_mean - x_mean @ solution)
 
 
 def output_rows(trunk: Trunk, shortlist: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:

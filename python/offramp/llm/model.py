@@ -16,7 +16,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -36,7 +36,7 @@ from offramp.llm.scoring import Scores, agreement, score_sequences
 from offramp.llm.sequences import TokenSequence, as_sequences, check_length, encode_prompts, hash_of
 from offramp.llm.states import Progress
 from offramp.llm.storage import load_exits, save_exits
-from offramp.llm.training import HeadMetrics, Trainer, TrainingConfig, build_heads
+from offramp.llm.training import HeadMetrics, Trainer, TrainingConfig, Watch, best_of, build_heads
 from offramp.llm.trunk import Trunk
 from offramp.llm.verifying import decode_verified
 
@@ -55,7 +55,8 @@ class EarlyExitModel:
     layers
         The exits: "after layer e", 1 ≤ e < L, strictly rising.
     head
-        The kind of the heads: ``"mlp"``, ``"linear"``, or a `HeadConfig`.
+        The kind of the heads: ``"mlp"``, ``"linear"``, ``"adapter"``, one of your own (`offramp.register_head`), or a
+        `HeadConfig`.
 
     Attributes
     ----------
@@ -131,12 +132,15 @@ class EarlyExitModel:
         sequences: Any = None,
         cache: str | os.PathLike[str] | None = None,
         epochs: int = 2,
-        batch_size: int = 128,
+        batch_size: int = 256,
         learning_rate: float = 1e-3,
         entropy_weight: float = 0.0,
+        precision: Literal["auto", "float32", "bfloat16"] = "auto",
+        patience: int | None = 2,
         max_new_tokens: int = 96,
         seed: int = 0,
         progress: Progress | None = None,
+        watch: Watch | None = None,
     ) -> list[HeadMetrics]:
         """Train the heads on the model's own predictions (equation (1) of Valade 2024).
 
@@ -151,17 +155,19 @@ class EarlyExitModel:
         cache
             Folder for the corpus and the state of the training, so that an interrupted run goes on and a finished
             one is not done again.  ``None``: a temporary folder.
-        epochs, batch_size, learning_rate, entropy_weight, seed
+        epochs, batch_size, learning_rate, entropy_weight, precision, patience, seed
             See `offramp.llm.training.TrainingConfig`; ``entropy_weight`` is the paper's λ.
         max_new_tokens
             Tokens each prompt is continued by.
         progress
             Called as ``progress(stage, done, total)``.
+        watch
+            Called with the metrics of every head, four times an epoch.
 
         Returns
         -------
         list of HeadMetrics
-            Loss, accuracy and entropy of every head on tokens held back, epoch by epoch.
+            Loss, accuracy, entropy and coverage of every head on sequences held back, each time they were watched.
 
         Raises
         ------
@@ -170,7 +176,7 @@ class EarlyExitModel:
         StorageError
             If ``cache`` is damaged or belongs to something else.
         """
-        config = TrainingConfig(epochs, batch_size, learning_rate, entropy_weight, seed)
+        config = TrainingConfig(epochs, batch_size, learning_rate, entropy_weight, seed, precision, patience)
         plan = CorpusPlan(self.layers, tokens, max_new_tokens, seed)
         own, starts = self._text(prompts, sequences, "training")
         with tempfile.TemporaryDirectory(prefix="offramp-") as scratch:
@@ -197,7 +203,7 @@ class EarlyExitModel:
                 checkpoint=folder / "training.safetensors" if cache is not None else None,
                 identity=identity,
             )
-            history = trainer.run(progress)
+            history = trainer.run(progress, watch)
             rows = corpus.rows
         self.heads = heads.eval().requires_grad_(False)
         self.calibration = self._scores = self._plan = None
@@ -206,7 +212,7 @@ class EarlyExitModel:
             "tokens": rows,
             "text_hash": hash_of(starts if starts is not None else own or []),
             **asdict(config),
-            "metrics": [asdict(item) for item in history[-len(self.layers) :]],
+            "metrics": [asdict(item) for item in best_of(history)],
         }
         return history
 

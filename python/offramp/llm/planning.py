@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from offramp.llm.heads import ExitHead, ExitHeads
+from offramp.llm.heads import ExitHeads
+from offramp.llm.reading import Reader
 from offramp.llm.scoring import Scores
 from offramp.llm.trunk import Trunk
 
@@ -43,15 +44,15 @@ class Costs:
         One decoder layer over 1, 2, 3, 4, 6, 8, 16 and 32 rows.
     output : tuple of float
         Final norm, output matrix and argmax over as many rows.
-    heads : tuple of float
-        Each head with its decision, shallow to deep.
+    heads : tuple of tuple of float
+        Each head with its decision, shallow to deep, over as many rows; a head without memory reads the last alone.
     step : float
         What a step costs beyond its parts.
     """
 
     layer: tuple[float, ...]
     output: tuple[float, ...]
-    heads: tuple[float, ...]
+    heads: tuple[tuple[float, ...], ...]
     step: float
 
     def layers(self, count: int, rows: int) -> float:
@@ -61,6 +62,10 @@ class Costs:
     def outputs(self, rows: int) -> float:
         """Seconds of the output layer over ``rows`` rows."""
         return _between(self.output, rows)
+
+    def head(self, index: int, rows: int) -> float:
+        """Seconds of asking a head that has ``rows`` rows to read."""
+        return _between(self.heads[index], rows)
 
 
 @dataclass(frozen=True)
@@ -162,9 +167,7 @@ def measure_costs(trunk: Trunk, heads: ExitHeads, decide: Callable[[torch.Tensor
 
         layer.append(_seconds(layers, trunk) / trunk.num_layers)
         output.append(_seconds(partial(_choose, trunk, new), trunk))
-    asked = tuple(
-        _seconds(partial(_ask, heads.after(at), hidden[:, 0], decide), trunk) for at in heads.layers
-    )
+    asked = tuple(_head_costs(trunk, Reader(heads.after(at)), hidden, decide) for at in heads.layers)
     one = tokens[:, :1]
     step = _seconds(lambda: trunk.embed(one, _positions(trunk, 0, 1)), trunk)
     return Costs(tuple(layer), tuple(output), asked, step)
@@ -282,6 +285,7 @@ class _Walk:
 
     def clear(self) -> None:
         self.waiting = [0] * len(self.sizes)
+        self.unread = [0] * len(self.on)
 
     def token(self, exit_at: int) -> None:
         """Run the segments a token needs that leaves at exit number ``exit_at``, and ask the heads on the way."""
@@ -290,7 +294,8 @@ class _Walk:
         for segment in range(len(self.sizes)):
             self._run(segment)
             if segment < len(self.on):
-                self.seconds += self.costs.heads[self.on[segment]]
+                self.seconds += self.costs.head(self.on[segment], self.unread[segment])
+                self.unread[segment] = 0
                 if self.on[segment] == exit_at:
                     return
 
@@ -306,7 +311,8 @@ class _Walk:
         if rows:
             self.seconds += self.costs.layers(self.sizes[segment], rows)
             self.waiting[segment] = 0
-            if segment + 1 < len(self.waiting):
+            if segment < len(self.unread):
+                self.unread[segment] += rows
                 self.waiting[segment + 1] += rows
 
 
@@ -330,8 +336,21 @@ def _choose(trunk: Trunk, hidden: torch.Tensor) -> torch.Tensor:
     return trunk.logits(hidden).argmax(dim=-1)
 
 
-def _ask(head: ExitHead, hidden: torch.Tensor, decide: Callable[[torch.Tensor], Any]) -> Any:
-    return decide(head(hidden))
+def _head_costs(
+    trunk: Trunk, reader: Reader, hidden: torch.Tensor, decide: Callable[[torch.Tensor], Any]
+) -> tuple[float, ...]:
+    """Seconds of asking a head that has read the context, with each number of rows waiting."""
+    reader.see(hidden)
+    reader.answer(_positions(trunk, 0, _CONTEXT), None)
+
+    def ask(rows: int) -> None:
+        reader.crop(_CONTEXT)
+        reader.see(hidden[:, :rows])
+        decide(reader.answer(_positions(trunk, 0, _CONTEXT + rows), None))
+
+    if reader.state is None:
+        return (_seconds(partial(ask, 1), trunk),) * len(_ROWS)
+    return tuple(_seconds(partial(ask, rows), trunk) for rows in _ROWS)
 
 
 def _seconds(work: Callable[[], Any], trunk: Trunk) -> float:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from offramp.decision import top2_margin
 from offramp.llm.heads import ExitHead, ExitHeads
 from offramp.llm.sequences import TokenSequence
-from offramp.llm.states import Progress, States, teacher_forced
+from offramp.llm.states import Picked, Progress, States, teacher_forced
 from offramp.llm.trunk import Trunk
 
 _CHUNK = 256
@@ -72,7 +72,8 @@ def score_sequences(
     for states in teacher_forced(trunk, sequences, layers, progress=progress, stage="scoring"):
         model_choices = model_choice(trunk, states.final)
         margins, choices = zip(
-            *(_score_head(heads.after(layer), states.exits[layer]) for layer in layers), strict=True
+            *(_score_head(heads.after(layer), states.exits[layer], states.picked) for layer in layers),
+            strict=True,
         )
         parts.append((np.stack(margins), np.stack(choices), model_choices, states))
     order = _original_order([states for *_, states in parts])
@@ -113,10 +114,12 @@ def model_choice(trunk: Trunk, final: torch.Tensor) -> NDArray[np.int64]:
     return torch.cat(choices).numpy()
 
 
-def _score_head(head: ExitHead, hidden: torch.Tensor) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+def _score_head(
+    head: ExitHead, hidden: torch.Tensor, picked: Picked
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     margins, choices = [], []
-    for chunk in hidden.split(_CHUNK):
-        rows, margin = top2_margin(head(chunk))
+    for chunk in head.read(hidden, picked).split(_CHUNK):
+        rows, margin = top2_margin(head.logits(chunk))
         margins.append(margin)
         choices.append(head.tokens(torch.as_tensor(rows)).cpu().numpy())
     return np.concatenate(margins), np.concatenate(choices)

@@ -25,8 +25,8 @@ class Call(NamedTuple):
     arguments: tuple[Any, ...]
     keywords: dict[str, Any]
 
-    def on(self, layer: nn.Module, hidden: torch.Tensor, cache: Cache) -> torch.Tensor:
-        """Make the call on the real layer, with the real cache."""
+    def on(self, layer: nn.Module, hidden: torch.Tensor, cache: Cache | None) -> torch.Tensor:
+        """Make the call on a real layer, with a real cache or none."""
 
         def real(value: Any) -> Any:
             return cache if isinstance(value, SeenCache) else value
@@ -35,6 +35,16 @@ class Call(NamedTuple):
         output: Any = layer(hidden, *map(real, self.arguments), **keywords)
         hidden_out: torch.Tensor = output[0] if isinstance(output, tuple) else output
         return hidden_out
+
+    def to(self, dtype: torch.dtype) -> Call:
+        """Give the same call with every tensor of floats in another dtype."""
+
+        def cast(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(map(cast, value))
+            return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+        return Call(cast(self.arguments), {name: cast(value) for name, value in self.keywords.items()})
 
 
 class Shadow:

@@ -21,7 +21,7 @@ from offramp.errors import InputError, ModelError, StorageError
 from offramp.llm.calibrating import Calibration
 from offramp.llm.files import read_json, sha256_of, write_json, write_text
 from offramp.llm.fingerprint import Fingerprint, fingerprint
-from offramp.llm.heads import ExitHead, ExitHeads, HeadConfig, output_rows
+from offramp.llm.heads import ExitHeads, HeadConfig, make_head, output_rows
 from offramp.llm.trunk import Trunk
 
 _FORMAT = 1
@@ -30,6 +30,7 @@ _CONFIG = "config.json"
 _CALIBRATION = "calibration.json"
 _CARD = "README.md"
 _FINGERPRINT = "base_model.fingerprint"
+_OTHER_HEADS = f"{_HEADS} does not hold the heads {_CONFIG} describes: the folder is damaged"
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,18 +93,17 @@ class SavedExits:
         shortlist = self.tensors.get("shortlist")
         shortlist = None if shortlist is None else shortlist.long()
         rows = output_rows(trunk, shortlist)
-        heads = ExitHeads({layer: ExitHead(trunk, self.head, shortlist, rows) for layer in self.layers})
+        heads = ExitHeads({layer: make_head(trunk, self.head, shortlist, rows) for layer in self.layers})
         state = {
             name: tensor for name, tensor in self.tensors.items() if name not in ("shortlist", _FINGERPRINT)
         }
-        if shortlist is not None:
-            state |= {f"{layer}.shortlist": shortlist for layer in self.layers}
         try:
-            heads.load_state_dict(state)
+            # What is missing is the model's own, and there already.
+            found = heads.load_state_dict(state, strict=False)
         except RuntimeError as error:
-            raise StorageError(
-                f"{_HEADS} does not hold the heads {_CONFIG} describes: the folder is damaged"
-            ) from error
+            raise StorageError(_OTHER_HEADS) from error
+        if found.unexpected_keys or not heads.own_state().keys() <= state.keys():
+            raise StorageError(_OTHER_HEADS)
         return heads
 
 
@@ -207,8 +207,7 @@ def _write(
     trained: dict[str, Any],
 ) -> None:
     base = fingerprint(trunk.model)
-    state = {name: tensor for name, tensor in heads.state_dict().items() if not name.endswith(".shortlist")}
-    tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
+    tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in heads.own_state().items()}
     shortlist = heads.after(heads.layers[0]).shortlist
     if shortlist is not None:
         tensors["shortlist"] = shortlist.to("cpu", torch.int32)

@@ -9,27 +9,37 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from offramp.calibration import fast_calibrate
+from offramp.decision import top2_margin
 from offramp.errors import InputError, StorageError
-from offramp.llm.data import Corpus, batches
+from offramp.llm.data import Batch, Corpus, batches
 from offramp.llm.files import written_whole
-from offramp.llm.heads import ExitHead, ExitHeads, HeadConfig, RidgeMLP, choose_shortlist, output_rows
+from offramp.llm.heads import ExitHead, ExitHeads, HeadConfig, choose_shortlist, make_head, output_rows
+from offramp.llm.processes import Processes
 from offramp.llm.states import Progress
 from offramp.llm.trunk import Trunk
 
-_RIDGE_ROWS = 20_000
-_WATCHED_SHARE = 0.04
+COVERAGE_EPS = (0.8, 0.9, 0.95)
+"""Target accuracies at which coverage is watched."""
+
 _WATCHED_ROWS = 4096
+_WATCHES_PER_EPOCH = 4
 # Floats of one logits matrix held at a time: 2^23 is 32 MiB.
 _LOGITS_BUDGET = 1 << 23
+# Floats of hidden states read at a time, padding included, one layer's.
+_STATES_BUDGET = 1 << 23
 
 
 @dataclass(frozen=True)
@@ -41,37 +51,50 @@ class TrainingConfig:
     epochs : int
         Passes over the corpus.
     batch_size : int
-        Tokens a step; small batches train better than few large ones.
+        Generated tokens a step, at least, in whole sequences; small batches train better than few large ones.
     learning_rate : float
         Peak of AdamW's rate: linear warm-up over the first twentieth of the steps, then a cosine to zero.
     entropy_weight : float
         λ of equation (1), in [0, 1): the weight of the entropy bonus.
     seed : int
-        Seed of initial weights and the order of the tokens.
+        Seed of initial weights and the order of the sequences.
+    precision : {"auto", "float32", "bfloat16"}
+        What matrix products are computed in; parameters, softmax and targets are float32 in any case.  ``"auto"`` is
+        bfloat16 on a GPU that has it.
+    patience : int, optional
+        Stop when no head has agreed more on the sequences held back for so many epochs; ``None``: never.  Each head
+        keeps the parameters it agreed most with, in either case.
     """
 
     epochs: int = 2
-    batch_size: int = 128
+    batch_size: int = 256
     learning_rate: float = 1e-3
     entropy_weight: float = 0.0
     seed: int = 0
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    patience: int | None = 2
 
     def __post_init__(self) -> None:
         """Refuse settings nothing can be trained with."""
-        for name in ("epochs", "batch_size"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)!r}: give a whole number of at least 1")
+        for name in ("epochs", "batch_size", "patience"):
+            value = getattr(self, name)
+            if name == "patience" and value is None:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise InputError(f"{name} is {value!r}: give a whole number of at least 1")
         if not self.learning_rate > 0:
             raise InputError(f"learning_rate is {self.learning_rate!r}: give a positive number")
         if not 0 <= self.entropy_weight < 1:
             raise InputError(
                 f"entropy_weight is {self.entropy_weight!r}: give λ from 0 up to, not including, 1"
             )
+        if self.precision not in ("auto", "float32", "bfloat16"):
+            raise InputError(f"precision is {self.precision!r}: choose 'auto', 'float32' or 'bfloat16'")
 
 
 @dataclass(frozen=True)
 class HeadMetrics:
-    """The paper's three training metrics of one head, on tokens held back from training.
+    """The paper's three training metrics of one head, and what it is worth, on sequences held back from training.
 
     Attributes
     ----------
@@ -79,19 +102,29 @@ class HeadMetrics:
         The exit.
     step : int
         Optimiser steps done.
+    tokens : int
+        Tokens trained on so far, counted again in every epoch.
     loss : float
         Equation (1), nats a token.
     accuracy : float
-        Share of tokens where the head's first choice is the model's.
+        Share of tokens where the head's first choice is the model's: its agreement.
     entropy : float
         Mean entropy of the head's distribution, nats.
+    coverage : tuple of float
+        Share of tokens the head would emit at ε = .8, .9 and .95, with thresholds found on these same tokens.
     """
 
     layer: int
     step: int
+    tokens: int
     loss: float
     accuracy: float
     entropy: float
+    coverage: tuple[float, ...]
+
+
+Watch = Callable[[list[HeadMetrics]], None]
+"""Called with the metrics of every head, several times an epoch."""
 
 
 class _ExitLoss(torch.autograd.Function):
@@ -110,21 +143,24 @@ class _ExitLoss(torch.autograd.Function):
         target: torch.Tensor,
         entropy_weight: float,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        log_q = torch.nn.functional.linear(features, weight, bias).log_softmax(dim=-1)
+        log_q = torch.nn.functional.linear(features, weight, bias).to(target.dtype)
+        log_q -= log_q.logsumexp(dim=-1, keepdim=True)
         q = log_q.exp()
-        cross_entropy = -(target * log_q).sum(dim=-1)
-        entropy = -(q * log_q).sum(dim=-1)
+        cross_entropy = -torch.linalg.vecdot(target, log_q)
+        entropy = -torch.linalg.vecdot(q, log_q)
+        choice = log_q.argmax(dim=-1)
         loss = (1 - entropy_weight) * cross_entropy.sum() - entropy_weight * entropy.sum()
-        gradient = (1 - entropy_weight) * (q - target)
         if entropy_weight:
-            gradient += entropy_weight * q * (log_q + entropy[:, None])
+            log_q += entropy[:, None]
+            gradient = torch.lerp(q - target, log_q.mul_(q), entropy_weight)
+        else:
+            gradient = q.sub_(target)
         needs = ctx.needs_input_grad
         ctx.save_for_backward(
-            gradient @ weight if needs[0] else None,
-            gradient.T @ features if needs[1] else None,
+            (gradient @ weight).to(features.dtype) if needs[0] else None,
+            (gradient.T @ features).to(weight.dtype) if needs[1] else None,
             gradient.sum(dim=0) if bias is not None and needs[2] else None,
         )
-        choice = log_q.argmax(dim=-1)
         ctx.mark_non_differentiable(entropy, choice)
         return loss, entropy, choice
 
@@ -183,36 +219,38 @@ class Teacher:
         self.weight, self.bias = output_rows(trunk, shortlist)
 
     @torch.no_grad()
-    def probabilities(self, rows: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Return (n, S), each row summing to 1."""
+    def probabilities(self, final: torch.Tensor, log_normalizer: torch.Tensor) -> torch.Tensor:
+        """Return (n, S), each row summing to 1, for last states (n, H) and the model's log normalizers (n,)."""
         device = self.weight.device
-        features = self.norm(rows["final"].to(device)).float()
-        logits = self.cap(torch.nn.functional.linear(features, self.weight, self.bias))
-        listed = (logits - rows["log_normalizer"].to(device)[:, None]).exp()
-        missing = (1 - listed.sum(dim=-1, keepdim=True)).clamp(min=0)
-        spread = listed + missing / listed.shape[-1]
-        return spread / spread.sum(dim=-1, keepdim=True)
+        # In full precision whatever the heads are trained in: an error of a logit is a factor of a probability.
+        with torch.autocast(device.type, enabled=False):
+            features = self.norm(final.to(device)).float()
+            logits = self.cap(torch.nn.functional.linear(features, self.weight, self.bias))
+            listed = logits.sub_(log_normalizer.to(device)[:, None]).exp_()
+            missing = (1 - listed.sum(dim=-1, keepdim=True)).clamp(min=0)
+            listed += missing / listed.shape[-1]
+            return listed.div_(listed.sum(dim=-1, keepdim=True))
 
 
 def build_heads(
     trunk: Trunk, corpus: Corpus, layers: Sequence[int], config: HeadConfig, seed: int
 ) -> ExitHeads:
-    """Make untrained heads for the exits: shortlist from the corpus, linear maps by ridge regression."""
+    """Make untrained heads for the exits: shortlist from the corpus, first maps by ridge regression."""
     shortlist = choose_shortlist(corpus.top_counts(trunk.vocab_size), config.shortlist)
     with torch.random.fork_rng(devices=[trunk.device] if trunk.device.type == "cuda" else []):
         torch.manual_seed(seed)
         rows = output_rows(trunk, shortlist)
-        heads = ExitHeads({layer: ExitHead(trunk, config, shortlist, rows) for layer in layers})
-    sample = corpus.take(torch.linspace(0, corpus.rows - 1, min(corpus.rows, _RIDGE_ROWS)).long())
+        heads = ExitHeads({layer: make_head(trunk, config, shortlist, rows) for layer in layers})
     for layer in layers:
-        transform = heads.after(layer).transform
-        if isinstance(transform, RidgeMLP):
-            transform.fit(sample[f"hidden.{layer}"].to(trunk.device), sample["final"].to(trunk.device))
-    return heads
+        head = heads.after(layer)
+        if head.fits is not None:
+            inputs, targets = (corpus.fit_rows(trunk, at).to(trunk.device) for at in (layer, head.fits))
+            head.fit(inputs, targets)
+    return heads.eval()
 
 
 class Trainer:
-    """Trains all heads together, one pass over the rows an epoch, and can stop and go on.
+    """Trains all heads together, one pass over the sequences an epoch, and can stop and go on.
 
     Parameters
     ----------
@@ -220,6 +258,10 @@ class Trainer:
         File to keep the state in; ``None`` keeps none.
     identity
         What the state belongs to: model, corpus, heads.  A checkpoint of something else is ignored.
+    checkpoint_seconds
+        Time between checkpoints.
+    processes
+        Those that train together, each on its share of every batch.
     """
 
     def __init__(
@@ -232,94 +274,203 @@ class Trainer:
         checkpoint: Path | None = None,
         identity: dict[str, Any] | None = None,
         checkpoint_seconds: float = 120.0,
+        processes: Processes | None = None,
     ) -> None:
         self.trunk, self.heads, self.corpus, self.config = trunk, heads, corpus, config
         self.layers = heads.layers
         self.teacher = Teacher(trunk, heads.after(self.layers[0]).shortlist)
-        self.train_rows, self.watched_rows = corpus.split(_WATCHED_SHARE)
-        self.watched_rows = self.watched_rows[:_WATCHED_ROWS]
-        self.steps_per_epoch = -(-len(self.train_rows) // config.batch_size)
-        self.total_steps = self.steps_per_epoch * config.epochs
+        self.processes = processes or Processes()
+        self.generated, self.lengths = corpus.generated, corpus.lengths
+        self.train, watched = corpus.split()
+        watched = watched if len(watched) else self.train
+        self.watched = watched[
+            self.generated[watched].cumsum(0) <= max(_WATCHED_ROWS, int(self.generated.max()))
+        ]
+        self.steps = [len(self._batches(epoch)) for epoch in range(config.epochs)]
+        self.total_steps = sum(self.steps)
         self.parameters = [p for p in heads.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=config.learning_rate, weight_decay=0.0)
-        self.step = 0
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=config.learning_rate, weight_decay=0.0, fused=True
+        )
+        self.step = self.tokens = 0
+        self.history: list[HeadMetrics] = []
+        self.best = Best(heads)
         self.checkpoint = checkpoint
         self.checkpoint_seconds = checkpoint_seconds
-        self.identity = _digest({"config": asdict(config), **(identity or {})})
+        self.identity = _digest({"config": asdict(config), "rows": corpus.rows, **(identity or {})})
 
-    def run(self, progress: Progress | None = None) -> list[HeadMetrics]:
-        """Train to the end; returns the metrics of every head, at the end of every epoch."""
+    def run(self, progress: Progress | None = None, watch: Watch | None = None) -> list[HeadMetrics]:
+        """Train to the end, and give every head the parameters it agreed most with.
+
+        Returns
+        -------
+        list of HeadMetrics
+            Of every head, shallow to deep, each time they were watched.
+        """
         self._resume()
-        history: list[HeadMetrics] = []
+        if not self.history:
+            self._note(self.watch(), watch)
         saved = time.monotonic()
-        while self.step < self.total_steps:
-            epoch, start = divmod(self.step, self.steps_per_epoch)
-            order = list(batches(self.train_rows, self.config.batch_size, seed=self.config.seed, epoch=epoch))
-            for rows in order[start:]:
-                self._train_step(self.corpus.take(rows))
+        while self.step < self.total_steps and not self._settled():
+            epoch, start = self._place()
+            watches = _watches(self.steps[epoch])
+            for number, batch in enumerate(self._batches(epoch)[start:], start + 1):
+                self.train_step(batch)
                 if progress is not None:
                     progress("training", self.step, self.total_steps)
+                if number in watches:
+                    self._note(self.watch(), watch)
                 if time.monotonic() - saved > self.checkpoint_seconds:
                     self._save()
                     saved = time.monotonic()
-            history += self.watch()
         self._save()
-        return history or self.watch()
+        self.best.restore(self.heads)
+        return self.history
 
-    @torch.no_grad()
-    def watch(self) -> list[HeadMetrics]:
-        """Loss, accuracy and entropy of every head on the rows held back (on the training rows if there are none)."""
-        rows = self.watched_rows if len(self.watched_rows) else self.train_rows[:_WATCHED_ROWS]
-        sums = torch.zeros(len(self.layers), 3, dtype=torch.float64)
-        for part in rows.split(self._micro_batch()):
-            batch = self.corpus.take(part)
-            target = self.teacher.probabilities(batch)
-            model_choice = batch["top"][:, 0].to(target.device)
-            for index, layer in enumerate(self.layers):
-                loss, entropy, choice = self._head_loss(layer, batch, target)
-                right = (self.heads.after(layer).tokens(choice) == model_choice).sum()
-                sums[index] += torch.stack([loss.double(), right.double(), entropy.double().sum()]).cpu()
-        means = (sums / len(rows)).tolist()
-        return [HeadMetrics(layer, self.step, *mean) for layer, mean in zip(self.layers, means, strict=True)]
-
-    def _train_step(self, batch: dict[str, torch.Tensor]) -> None:
+    def train_step(self, numbers: torch.Tensor) -> None:
+        """Take one step on a batch of sequences, in as many pieces as the memory set aside for them asks."""
         rate = self.config.learning_rate * _schedule(self.step, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.optimizer.zero_grad(set_to_none=True)
-        total = len(batch["sequence"])
-        for start in range(0, total, self._micro_batch()):
-            part = {name: tensor[start : start + self._micro_batch()] for name, tensor in batch.items()}
-            target = self.teacher.probabilities(part)
-            for layer in self.layers:
-                loss, _, _ = self._head_loss(layer, part, target)
-                (loss / total).backward()
+        for parameter in self.parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        total = int(self.generated[numbers].sum())
+        for batch in self._pieces(numbers[self.processes.rank :: self.processes.count]):
+            self._add_gradients(batch, total)
+        self.processes.add([parameter.grad for parameter in self.parameters if parameter.grad is not None])
         self.optimizer.step()
         self.step += 1
+        self.tokens += total
 
-    def _head_loss(
-        self, layer: int, batch: dict[str, torch.Tensor], target: torch.Tensor
+    @torch.no_grad()
+    def watch(self) -> list[HeadMetrics]:
+        """Metrics of every head on the sequences held back (on those trained on if there are none)."""
+        sums = torch.zeros(len(self.layers), 2, dtype=torch.float64)
+        margins: list[list[NDArray[np.float32]]] = [[] for _ in self.layers]
+        right: list[list[NDArray[np.bool_]]] = [[] for _ in self.layers]
+        for batch in self._pieces(self.watched):
+            features = self._features(batch)
+            model_choice = batch.top[:, 0].numpy()
+            for rows in self._chunks(len(batch)):
+                target = self._target(batch, rows)
+                for index, layer in enumerate(self.layers):
+                    head = self.heads.after(layer)
+                    loss, entropy, _ = self._loss(head, features[index][rows], target)
+                    sums[index] += torch.stack([loss.double(), entropy.double().sum()]).cpu()
+                    choice, margin = top2_margin(head.logits(features[index][rows].float()))
+                    chosen = head.tokens(torch.as_tensor(choice, device=self.trunk.device)).cpu().numpy()
+                    margins[index].append(np.atleast_1d(margin))
+                    right[index].append(np.atleast_1d(chosen == model_choice[rows]))
+        found = []
+        for index, layer in enumerate(self.layers):
+            margin, correct = np.concatenate(margins[index]), np.concatenate(right[index])
+            loss, entropy = (sums[index] / len(margin)).tolist()
+            thresholds = fast_calibrate(margin, correct, COVERAGE_EPS)
+            coverage = tuple(float((margin.astype(np.float64) >= tau).mean()) for tau in thresholds)
+            accuracy = float(correct.mean())
+            found.append(HeadMetrics(layer, self.step, self.tokens, loss, accuracy, entropy, coverage))
+        return found
+
+    def _note(self, metrics: list[HeadMetrics], watch: Watch | None) -> None:
+        self.history += metrics
+        self.best.see(self.heads, metrics)
+        if watch is not None and self.processes.first:
+            watch(metrics)
+
+    def _settled(self) -> bool:
+        """Whether no head has gained for so long that none is expected to."""
+        patience = self.config.patience
+        if patience is None or not self.history:
+            return False
+        best = max(self.best.steps.values())
+        return self.step - best > patience * max(self.steps)
+
+    def _add_gradients(self, batch: Batch, total: int) -> None:
+        """Add a piece's share of the gradient of the mean loss over ``total`` tokens.
+
+        All heads read the piece; then their logits are made and taken back, some rows and one head at a time.
+        """
+        features = self._features(batch)
+        leaves = [rows.detach().float().requires_grad_() for rows in features]
+        for rows in self._chunks(len(batch)):
+            target = self._target(batch, rows)
+            for layer, leaf in zip(self.layers, leaves, strict=True):
+                loss, _, _ = self._loss(self.heads.after(layer), leaf[rows], target)
+                (loss / total).backward()
+        differentiable = [
+            (rows, leaf) for rows, leaf in zip(features, leaves, strict=True) if rows.requires_grad
+        ]
+        torch.autograd.backward(
+            [rows for rows, _ in differentiable],
+            [leaf.grad.to(rows.dtype) for rows, leaf in differentiable if leaf.grad is not None],
+        )
+
+    def _features(self, batch: Batch) -> list[torch.Tensor]:
+        device = self.trunk.device
+        picked = (batch.picked[0].to(device), batch.picked[1].to(device))
+        with self._precision():
+            return [
+                self.heads.after(layer).read(batch.hidden[layer].to(device).float(), picked)
+                for layer in self.layers
+            ]
+
+    def _loss(
+        self, head: ExitHead, features: torch.Tensor, target: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        head = self.heads.after(layer)
-        features = head.features(batch[f"hidden.{layer}"].to(target.device).float())
-        return exit_loss(features, head.weight, head.bias, target, self.config.entropy_weight)
+        with self._precision():
+            return exit_loss(features, head.weight, head.bias, target, self.config.entropy_weight)
 
-    def _micro_batch(self) -> int:
-        return max(1, _LOGITS_BUDGET // self.teacher.weight.shape[0])
+    def _target(self, batch: Batch, rows: slice) -> torch.Tensor:
+        return self.teacher.probabilities(batch.final[rows], batch.log_normalizer[rows])
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        kind, wanted = self.trunk.device.type, self.config.precision
+        able = kind == "cuda" and torch.cuda.is_bf16_supported()
+        return torch.autocast(
+            kind, torch.bfloat16, enabled=wanted == "bfloat16" or (wanted == "auto" and able)
+        )
+
+    def _pieces(self, numbers: torch.Tensor) -> Iterator[Batch]:
+        """Read sequences a few at a time."""
+        if len(numbers):
+            size = int(self.lengths[numbers].max()) * self.trunk.hidden_size
+            for part in numbers.split(max(1, _STATES_BUDGET // size)):
+                yield self.corpus.batch(part, self.layers)
+
+    def _chunks(self, rows: int) -> Iterator[slice]:
+        size = max(1, _LOGITS_BUDGET // self.teacher.weight.shape[0])
+        return (slice(start, start + size) for start in range(0, rows, size))
+
+    def _batches(self, epoch: int) -> list[torch.Tensor]:
+        size, seed = self.config.batch_size, self.config.seed
+        return batches(self.train, self.generated[self.train], size, seed=seed, epoch=epoch)
+
+    def _place(self) -> tuple[int, int]:
+        """Epoch, and step in it, that comes next."""
+        start = self.step
+        for epoch, steps in enumerate(self.steps):
+            if start < steps:
+                return epoch, start
+            start -= steps
+        raise AssertionError("training is over")
 
     def _save(self) -> None:
-        if self.checkpoint is None:
+        if self.checkpoint is None or not self.processes.first:
             return
         tensors = {f"head.{name}": p.detach() for name, p in self.heads.named_parameters()}
+        tensors |= {f"best.{name}": tensor for name, tensor in self.best.parameters.items()}
         for index, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in state.items()}
+        metadata = {
+            "identity": self.identity,
+            "step": str(self.step),
+            "tokens": str(self.tokens),
+            "history": json.dumps([asdict(item) for item in self.history]),
+        }
         with written_whole(self.checkpoint) as temporary:
             # Copies, because tied or sliced tensors share memory, which the format refuses.
-            save_file(
-                {name: tensor.clone().contiguous() for name, tensor in tensors.items()},
-                temporary,
-                metadata={"identity": self.identity, "step": str(self.step)},
-            )
+            copies = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
+            save_file(copies, temporary, metadata=metadata)
 
     def _resume(self) -> None:
         if self.checkpoint is None or not self.checkpoint.exists():
@@ -327,15 +478,20 @@ class Trainer:
         try:
             with safe_open(self.checkpoint, framework="pt") as file:
                 metadata = file.metadata() or {}
+                if metadata.get("identity") != self.identity:
+                    return
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
         except SafetensorError as error:
             raise StorageError(f"cache: {self.checkpoint} is damaged; delete it to train anew") from error
-        if metadata.get("identity") != self.identity:
-            return
         with torch.no_grad():
             for name, parameter in self.heads.named_parameters():
                 parameter.copy_(tensors[f"head.{name}"])
-        self.step = int(metadata["step"])
+        self.step, self.tokens = int(metadata["step"]), int(metadata["tokens"])
+        self.history = [
+            HeadMetrics(**(item | {"coverage": tuple(item["coverage"])}))
+            for item in json.loads(metadata["history"])
+        ]
+        self.best.resume(self.history, tensors)
         state: dict[int, dict[str, torch.Tensor]] = {}
         for name, tensor in tensors.items():
             if name.startswith("optimizer."):
@@ -343,6 +499,61 @@ class Trainer:
                 state.setdefault(int(index), {})[key] = tensor
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+class Best:
+    """For every head the parameters it agreed most with on the sequences held back.
+
+    Attributes
+    ----------
+    accuracy, steps : dict of int to float, int
+        By layer, the best agreement and the step it was seen at.
+    parameters : dict of str to Tensor
+        By name, as in the heads.
+    """
+
+    def __init__(self, heads: ExitHeads) -> None:
+        self.accuracy = dict.fromkeys(heads.layers, -1.0)
+        self.steps = dict.fromkeys(heads.layers, 0)
+        self.parameters: dict[str, torch.Tensor] = {}
+
+    def see(self, heads: ExitHeads, metrics: Sequence[HeadMetrics]) -> None:
+        """Keep the parameters of the heads that are better than they were."""
+        for item in metrics:
+            if item.accuracy > self.accuracy[item.layer]:
+                self.accuracy[item.layer], self.steps[item.layer] = item.accuracy, item.step
+                for name, parameter in heads.after(item.layer).named_parameters():
+                    if parameter.requires_grad:
+                        self.parameters[f"{item.layer}.{name}"] = parameter.detach().clone()
+
+    @torch.no_grad()
+    def restore(self, heads: ExitHeads) -> None:
+        """Give the heads what was kept."""
+        for name, parameter in heads.named_parameters():
+            if name in self.parameters:
+                parameter.copy_(self.parameters[name])
+
+    def resume(self, history: Sequence[HeadMetrics], tensors: Mapping[str, torch.Tensor]) -> None:
+        """Go on from the metrics so far and the parameters a checkpoint holds."""
+        for item in best_of(history):
+            self.accuracy[item.layer], self.steps[item.layer] = item.accuracy, item.step
+        self.parameters = {
+            name.removeprefix("best."): tensor for name, tensor in tensors.items() if name.startswith("best.")
+        }
+
+
+def best_of(history: Sequence[HeadMetrics]) -> list[HeadMetrics]:
+    """Metrics of every head, shallow to deep, when it agreed most: those of the parameters it keeps."""
+    best: dict[int, HeadMetrics] = {}
+    for item in history:
+        if item.layer not in best or item.accuracy > best[item.layer].accuracy:
+            best[item.layer] = item
+    return [best[layer] for layer in sorted(best)]
+
+
+def _watches(steps: int) -> set[int]:
+    """Choose the steps of an epoch after which the heads are watched; its last is one."""
+    return {max(1, round(steps * part / _WATCHES_PER_EPOCH)) for part in range(1, _WATCHES_PER_EPOCH + 1)}
 
 
 def _schedule(step: int, total: int) -> float:

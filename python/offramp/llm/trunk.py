@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicCache
 from offramp.errors import InputError, ModelError
 from offramp.llm import lean
 from offramp.llm.cache import GrowingCache, cache_argument
-from offramp.llm.shadow import Shadow
+from offramp.llm.shadow import Call, Shadow
 
 _FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
 _KINDS_OF_ATTENTION = ("full_attention", "sliding_attention")
@@ -126,7 +126,10 @@ class Trunk:
             (B, q, H): the output of layer ``last - 1``.
         """
         if self._lean is not None and cache.length(first):
-            return self._run_lean(hidden, first, last, cache, positions, attention_mask)
+            own = self._lean[first:last]
+            return self.run_lean(
+                own, hidden, first, cache=cache, positions=positions, attention_mask=attention_mask
+            )
         return self._run_modules(hidden, first, last, cache, positions, attention_mask)
 
     def _run_modules(
@@ -142,21 +145,32 @@ class Trunk:
         if attention_mask is not None:
             attention_mask = attention_mask[:, : seen + hidden.shape[1]]
         # Asked anew for every segment: their caches may differ in length.
-        calls = self._shadow.calls(hidden, positions, attention_mask, seen)
+        calls = self.calls(hidden, positions, attention_mask, seen)
         for index in range(first, last):
             hidden = calls[index].on(self.layers[index], hidden, cache)
         return hidden
 
-    def _run_lean(
+    def calls(
+        self, hidden: torch.Tensor, positions: torch.Tensor, attention_mask: torch.Tensor | None, seen: int
+    ) -> list[Call]:
+        """Find what the decoder would call each layer with for new rows (B, q, H) after ``seen`` tokens."""
+        return self._shadow.calls(hidden, positions, attention_mask, seen)
+
+    def lean_form(self, layers: Sequence[nn.Module]) -> list[lean.LeanLayer] | None:
+        """Describe layers of the model's class for `run_lean`; ``None`` where the model's own are not lean."""
+        return None if self._lean is None else lean.describe(layers, self.config)
+
+    def run_lean(
         self,
+        layers: Sequence[lean.LeanLayer],
         hidden: torch.Tensor,
         first: int,
-        last: int,
+        *,
         cache: GrowingCache,
         positions: torch.Tensor,
-        attention_mask: torch.Tensor | None,
+        attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        assert self._lean is not None
+        """Run lean layers, the first of which stands for layer ``first``, as `run` does the model's own."""
         queries = hidden.shape[1]
         groups = self.config.num_attention_heads // self.config.num_key_value_heads
         mask = lean.attention_mask(
@@ -164,8 +178,8 @@ class Trunk:
         )
         cosines, sines = self._decoder.rotary_emb(hidden, position_ids=positions)
         rotary = cosines.unsqueeze(1), sines.unsqueeze(1)
-        for index in range(first, last):
-            hidden = self._lean[index].run(hidden, rotary, mask, cache.growing[index])
+        for layer, held in zip(layers, cache.growing[first:], strict=False):
+            hidden = layer.run(hidden, rotary, mask, held)
         return hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

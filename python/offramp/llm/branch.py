@@ -1,0 +1,124 @@
+"""Decoder layers of a head's own, run in the place of the model's last ones.
+
+They are of the model's own class, so masks, rotary angles and whatever else its decoder hands to its last layers is
+handed to them.  For `heads` only.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from offramp.errors import InputError
+from offramp.llm.cache import GrowingCache
+from offramp.llm.lean import LeanLayer
+from offramp.llm.trunk import Trunk
+
+
+class BranchState:
+    """Keys and values of a head's own layers for one generation.
+
+    Parameters
+    ----------
+    cache
+        Of the model's number of layers, of which only the last are used.
+    first
+        Number, in the model, of the first layer they stand for.
+    layers
+        Their lean form, where they have one.
+    """
+
+    def __init__(self, cache: GrowingCache, first: int, layers: list[LeanLayer] | None) -> None:
+        self.cache, self.first, self.lean = cache, first, layers
+
+    @property
+    def length(self) -> int:
+        """Rows read."""
+        return self.cache.length(self.first)
+
+    def crop(self, length: int) -> None:
+        """Forget the rows from ``length`` on."""
+        self.cache.crop_to(self.first, len(self.cache.growing), length)
+
+
+class Branch:
+    """A way beside the model's last layers.
+
+    Parameters
+    ----------
+    trunk
+        The model.
+    depth
+        How many of its last layers have a counterpart.
+
+    Raises
+    ------
+    InputError
+        If the model has fewer, or they cannot be copied and trained.
+    """
+
+    def __init__(self, trunk: Trunk, depth: int) -> None:
+        if depth >= trunk.num_layers:
+            raise InputError(
+                f"depth is {depth}: this model has {trunk.num_layers} layers; give fewer than that"
+            )
+        self._trunk = trunk
+        self.first = trunk.num_layers - depth
+
+    def __deepcopy__(self, _memo: Any) -> Branch:
+        """Heads are copied to be cast; what they are a branch of is not."""
+        return self
+
+    def new_layers(self) -> nn.ModuleList:
+        """Copy the layers in float32, to be trained."""
+        layers = nn.ModuleList(copy.deepcopy(layer) for layer in self._trunk.layers[self.first :])
+        if not all(parameter.is_floating_point() for parameter in layers.parameters()):
+            raise InputError(
+                "head is 'adapter': the layers of this model are quantised and cannot be trained; choose 'mlp'"
+            )
+        return layers.float().requires_grad_(True)
+
+    def new_state(self, layers: nn.ModuleList) -> BranchState:
+        """Begin a generation with a head's layers as they are now."""
+        return BranchState(self._trunk.new_cache(), self.first, self._trunk.lean_form(list(layers)))
+
+    def run(
+        self,
+        layers: nn.ModuleList,
+        hidden: torch.Tensor,
+        positions: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        state: BranchState | None = None,
+    ) -> torch.Tensor:
+        """Run a head's layers over new rows (B, q, H), after those in ``state``, which takes their keys and values.
+
+        Parameters
+        ----------
+        positions : (B, q) int64
+            Rotary positions of the rows.
+        mask : (B, at least read + q), optional
+            0 at left padding; ``None`` where there is none.
+        state
+            ``None`` for whole sequences from their beginning, padded on the right or not at all.
+        """
+        seen = 0 if state is None else state.length
+        if state is not None and state.lean is not None and seen:
+            return self._trunk.run_lean(
+                state.lean, hidden, self.first, cache=state.cache, positions=positions, attention_mask=mask
+            )
+        if mask is not None:
+            mask = mask[:, : seen + hidden.shape[1]]
+        for layer, call in zip(layers, self._calls(hidden, positions, mask, seen), strict=True):
+            hidden = call.to(hidden.dtype).on(layer, hidden, None if state is None else state.cache)
+        return hidden
+
+    @torch.no_grad()
+    def _calls(
+        self, hidden: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None, seen: int
+    ) -> Sequence[Any]:
+        # In the model's dtype, since its own modules are run for it; heads are trained in float32.
+        return self._trunk.calls(hidden.detach().to(self._trunk.dtype), positions, mask, seen)[self.first :]

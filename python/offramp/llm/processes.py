@@ -1,0 +1,46 @@
+"""Several processes that train together, through accelerate: ``accelerate launch`` or ``torchrun`` starts them.
+
+For `training` and `model`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import torch
+
+
+class Processes:
+    """Tell this process among those that train together; alone unless a launcher started more."""
+
+    def __init__(self) -> None:
+        self.count, self.rank = 1, 0
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            from accelerate import PartialState  # noqa: PLC0415  # slow to import, and seldom needed
+
+            state = PartialState(cpu=not torch.cuda.is_available())
+            self.count, self.rank = state.num_processes, state.process_index
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes files."""
+        return self.rank == 0
+
+    def add(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Put in every tensor, in place, its sum over the processes."""
+        if self.count == 1:
+            return
+        from accelerate.utils import reduce  # noqa: PLC0415
+
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        summed: torch.Tensor = reduce(flat, reduction="sum")
+        for tensor, part in zip(tensors, summed.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+    def wait(self) -> None:
+        """Go on when all processes are here."""
+        if self.count > 1:
+            from accelerate.utils import wait_for_everyone  # noqa: PLC0415
+
+            wait_for_everyone()
