@@ -98,7 +98,7 @@ def calibrate_cascade(
         [] if question.costs is None else question.costs.tolist(),
         question.budget,
         None if question.half is None else (question.half, question.delta or 0.0),
-        None if question.groups is None else tuple(question.groups),
+        question.groups,
         as_thread_count(threads),
     )
     return Cascade.of(

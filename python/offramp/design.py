@@ -51,7 +51,7 @@ class Groups(NamedTuple):
 
     of: NDArray[np.uint32]
     """Group numbers from 0 on, (N,)."""
-    count: int
+    number: int
     """How many groups there are."""
     most: int
     """The most samples one group has."""
@@ -328,7 +328,7 @@ def as_groups(groups: Any, samples: int) -> Groups:
 def one_per_group(groups: Groups, seed: int) -> NDArray[np.int64]:
     """Draw one sample of each group; ascending."""
     order = np.random.default_rng(seed).permutation(len(groups.of))
-    chosen = np.empty(groups.count, np.int64)
+    chosen = np.empty(groups.number, np.int64)
     chosen[groups.of[order]] = order
     return np.sort(chosen)
 
@@ -345,7 +345,7 @@ def poisson_part(samples: int, keep: NDArray[np.int64] | None, seed: int) -> NDA
 
 def halves(samples: int, groups: Groups | None, seed: int) -> NDArray[np.uint8]:
     """Split the groups, or the samples where there are none, at random: 0 to propose thresholds, 1 to certify them."""
-    count = samples if groups is None else groups.count
+    count = samples if groups is None else groups.number
     half = np.zeros(count, np.uint8)
     half[np.random.default_rng(seed).permutation(count)[: (count + 1) // 2]] = 1
     return half if groups is None else half[groups.of]

@@ -125,7 +125,7 @@ def certify(
             question.grid,
             list(question.places),
             question.unit,
-            None if question.groups is None else tuple(question.groups),
+            question.groups,
             as_thread_count(threads),
         )
     return Certificate(

@@ -149,7 +149,10 @@ class Cascade:
     def head_accuracy(self) -> NDArray[np.float64]:
         """Accuracy of each head on what it takes, float64 (K,); NaN for a head that takes nothing."""
         nothing = np.full(len(self.accepted), math.nan)
-        return np.divide(self.correct, self.accepted, out=nothing, where=self.accepted > 0)
+        found: NDArray[np.float64] = np.divide(
+            self.correct, self.accepted, out=nothing, where=self.accepted > 0
+        )
+        return found
 
     def __str__(self) -> str:
         """Table of the heads."""

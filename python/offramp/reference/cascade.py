@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, SupportsIndex
 
 import numpy as np
@@ -205,8 +206,8 @@ class _Trial:
     def _wealth(self, taken: Mask, wrong: Mask, delta: float) -> bool:
         groups = self.question.groups
         assert groups is not None
-        accepted = np.bincount(groups.of[taken], minlength=groups.count)
-        errors = np.bincount(groups.of[wrong], minlength=groups.count)
+        accepted = np.bincount(groups.of[taken], minlength=groups.number)
+        errors = np.bincount(groups.of[wrong], minlength=groups.number)
         return wealth_suffices(accepted, errors, self.alpha, delta, groups.most)
 
 
@@ -235,7 +236,7 @@ def budgeted(
     for _ in range(PRICES):
         middle = (low + high) / 2.0
         price = float(costs[-1]) * 2.0**middle
-        thresholds = search.rounds(start, lambda cost, wrong, _, price=price: cost + price * wrong)
+        thresholds = search.rounds(start, partial(_priced, price))
         best, allowed = search.better(best, thresholds)
         low, high = (low, middle) if allowed else (middle, high)
 
@@ -245,6 +246,10 @@ def budgeted(
     for thresholds in (best[1], start):
         best = search.better(best, search.rounds(thresholds, within))[0]
     return best[1]
+
+
+def _priced(price: float, cost: NDArray[np.float64], wrong: NDArray[np.int64], _: int) -> NDArray[np.float64]:
+    return cost + price * wrong
 
 
 @dataclass(frozen=True)
@@ -259,7 +264,8 @@ class _Search:
 
     def _wrong(self, leave: NDArray[np.int64]) -> Mask:
         right = np.vstack([self.correct, np.ones(len(leave), np.uint8)])
-        return right[leave, np.arange(len(leave))] == 0
+        wrong: Mask = right[leave, np.arange(len(leave))] == 0
+        return wrong
 
     def better(
         self, best: tuple[float, NDArray[np.float64]], thresholds: NDArray[np.float64]

@@ -148,7 +148,9 @@ def wealth_suffices(accepted: Counts, wrong: Counts, alpha: float, delta: float,
 
 
 def counts_at(
-    values: NDArray[np.float64], labels: NDArray[np.uint8], grid: Sequence[float]
+    values: NDArray[np.float64],
+    labels: NDArray[np.uint8],
+    grid: Sequence[float] | NDArray[np.float64] | NDArray[np.float64],
 ) -> tuple[Counts, Counts]:
     """Count accepted and correct samples at each threshold."""
     order = np.argsort(values, kind="stable")
@@ -213,8 +215,8 @@ def _bets(
     found = []
     for threshold in grid:
         taken = values >= threshold
-        accepted = np.bincount(groups.of[taken], minlength=groups.count)
-        wrong = np.bincount(groups.of[taken & (labels == 0)], minlength=groups.count)
+        accepted = np.bincount(groups.of[taken], minlength=groups.number)
+        wrong = np.bincount(groups.of[taken & (labels == 0)], minlength=groups.number)
         found.append(wealth_suffices(accepted, wrong, alpha, delta, groups.most))
     return np.array(found)
 

@@ -53,8 +53,8 @@ enum Rungs<K> {
 /// The place of a score among float32 buckets: the upper half of the bits of its key, but between 1/2 and 1 of the
 /// distance to 1, since scores crowd there.
 ///
-/// `1 - x` is exact for x in [1/2, 1].  A bucket there is `1 - b < x`... down to and including `1 - b'`, so that the
-/// distances whose lower half is zero are low ends, as everywhere.
+/// `1 - x` is exact for x in [1/2, 1].  One unit is taken off its bits, so that a distance whose lower half is zero still
+/// belongs to the bucket below it, of which it is then the low end.
 #[inline(always)]
 fn bucket_of_float(key: u32) -> u32 {
     let top = key >> 16;
@@ -65,7 +65,7 @@ fn bucket_of_float(key: u32) -> u32 {
     let plain = if top < HALF {
         top
     } else {
-        top - ONE + HALF + CROWDED
+        top + CROWDED - (ONE - HALF)
     };
     if is_crowded { crowded } else { plain }
 }
