@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,10 @@ from offramp.evaluation.tables import read_csv
 
 WORDS = ["<pad>", "<s>", "<unk>", "</s>", *"abcdefgh"]
 LAYERS = (2, 4)
+SMALL_DEMO = {
+    "layers": LAYERS, "shortlist": 8, "epochs": 1, "calibration_tokens": 150, "eps": 0.3, "prompts": 3,
+    "eps_checked": (0.2, 0.3), "max_new_tokens": 8, "timed_prompts": 2, "timed_tokens": 6,
+}  # fmt: skip
 
 
 def save_tiny_model(folder, seed=0):
@@ -50,6 +55,15 @@ def save_tiny_model(folder, seed=0):
             parameter.mul_(7)
     model.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _threads():
+    """One thread: for tiny models a second one is only waited for."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +134,7 @@ def test_generation_shows_text_and_exits(workplace):
     assert found["text"].strip() in succeed(*arguments).replace("\n", " ")
     off = json.loads(succeed(*arguments, "--mode", "off", "--json"))
     assert set(off["exit_layers"]) == {6}
+    assert json.loads(succeed(*arguments, "--mode", "verify", "--json"))["tokens"] == off["tokens"]
 
 
 def test_sampling_follows_the_seed(workplace):
@@ -235,52 +250,86 @@ def test_evaluation_agrees_with_the_models_own_count(workplace):
     assert sum(decoded.exits[layer] for layer in LAYERS) > 0
 
 
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        (["train", "{}/nowhere", "--layers", "2", "-o", "{}/new"], "nowhere"),
-        (["train", "{}/tiny", "--layers", "2,9", "-o", "{}/new"], "layers"),
-        (["train", "{}/tiny", "--layers", "4,2", "-o", "{}/new"], "layers"),
-        (["train", "{}/tiny", "--layers", "2", "-o", "{}/tiny/.."], "other files"),
-        (["train", "{}/tiny", "--layers", "2", "-o", "{}/new", "--entropy-weight", "1"], "entropy_weight"),
-        (["train", "{}/tiny", "--layers", "2", "-o", "{}/new", "--shortlist", "1"], "shortlist"),
-        (["train", "{}/tiny", "--layers", "2", "-o", "{}/new", "--dtype", "float31"], "float31"),
-        (["train", "{}/tiny", "--layers", "2", "-o", "{}/new", "--device", "abacus"], "abacus"),
-        (["train", "{}/tiny", "--layers", "2", "-o", "{}/new", "--prompts", "{}/blank.txt"], "blank.txt"),
-        (["train", "{}/tiny", "--layers", "2", "-o", "{}/new", "--prompts", "{}/binary.txt"], "binary.txt"),
-        (["train", "{}/tiny", "--layers", "2", "-o", "{}/new", "--cache", "{}/exits-cache"], "another tokens"),
-        (["calibrate", "{}/nowhere"], "nowhere"),
-        (["calibrate", "{}/tiny"], "tiny"),
-        (["generate", "{}/exits", "  "], "prompt"),
-        (["generate", "{}/exits", "a", "-n", "400"], "256"),
-        (["generate", "{}/exits", "a", "--model", "{}/other"], "model"),
-        (["evaluate", "{}/exits", "--eps", ".5,1"], "eps"),
-        (["evaluate", "{}/exits", "--grid", "-.1,.5"], "eps"),
-        (["evaluate", "{}/exits", "--grid", ".5,x"], "grid"),
-        (["evaluate", "{}/exits", "{}/nowhere"], "nowhere"),
-        (["evaluate", "{}/torn"], "heads.safetensors"),
-    ],
-)  # fmt: skip
-def test_input_at_fault_is_said_in_one_sentence(workplace, arguments, expected):
+@pytest.fixture(scope="module")
+def faults(workplace):
+    """What the tests of bad input hand over: damaged folders, texts that do not fit, models of other kinds."""
     folder = workplace[0]
     (folder / "blank.txt").write_text("\n \n")
     (folder / "binary.txt").write_bytes(b"\xff\xfe\x00")
-    if not (folder / "other").exists():
-        save_tiny_model(folder / "other", seed=1)
-        (folder / "torn").mkdir()
-        for file in (folder / "exits").iterdir():
-            (folder / "torn" / file.name).write_bytes(
-                file.read_bytes()[: -100 if file.suffix == ".safetensors" else None]
-            )
-    assert expected in refuse(*[part.format(folder) for part in arguments], "-q")
-    assert not (folder / "new").exists()
+    (folder / "long.txt").write_text("a b\n" + "a " * 300 + "\n")
+    save_tiny_model(folder / "other", seed=1)
+    for whole, torn in (("exits", "torn"), ("tiny", "torn-model")):
+        (folder / torn).mkdir()
+        for file in (folder / whole).iterdir():
+            kept = -100 if file.suffix == ".safetensors" else None
+            (folder / torn / file.name).write_bytes(file.read_bytes()[:kept])
+    save_tiny_model(folder / "recurrent")
+    size = {"vocab_size": len(WORDS), "hidden_size": 16, "num_hidden_layers": 3, "state_size": 4}
+    transformers.MambaForCausalLM(transformers.MambaConfig(**size)).save_pretrained(folder / "recurrent")
+    save_tiny_model(folder / "translator")
+    size = {"vocab_size": len(WORDS), "d_model": 16, "d_ff": 16, "d_kv": 4, "num_layers": 2, "num_heads": 2}
+    transformers.T5ForConditionalGeneration(transformers.T5Config(**size)).save_pretrained(
+        folder / "translator"
+    )
+    return folder
+
+
+TRAIN = ["train", "{}/tiny", "--layers", "2", "-o", "{}/new", "--tokens", "50"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["train", "{}/nowhere", "--layers", "2", "-o", "{}/new"], "nowhere: there is no such folder"),
+        (["train", "{}/nowhere.gguf", "--layers", "2", "-o", "{}/new"], "nowhere.gguf: there is no such file"),
+        (["train", "{}/torn-model", "--layers", "2", "-o", "{}/new"], "no model could be loaded from it"),
+        (["train", "{}/recurrent", "--layers", "2", "-o", "{}/new"], "MambaForCausalLM has"),
+        (["train", "{}/translator", "--layers", "2", "-o", "{}/new"], "translator"),
+        (["train", "{}/tiny", "--layers", "0,2", "-o", "{}/new"], "layers contains 0"),
+        (["train", "{}/tiny", "--layers", "2,6", "-o", "{}/new"], "layers contains 6"),
+        (["train", "{}/tiny", "--layers", "4,2", "-o", "{}/new"], "from shallow to deep"),
+        (["train", "{}/tiny", "--layers", "2", "-o", "{}/tiny/.."], "other files"),
+        (["train", "{}/tiny", "--layers", "2", "-o", "{}/prompts.txt"], "prompts.txt"),
+        ([*TRAIN, "--entropy-weight", "1"], "entropy_weight"),
+        ([*TRAIN, "--shortlist", "1"], "shortlist"),
+        ([*TRAIN, "--dtype", "float31"], "float31"),
+        ([*TRAIN, "--device", "abacus"], "abacus"),
+        ([*TRAIN, "--prompts", "{}/blank.txt"], "blank.txt"),
+        ([*TRAIN, "--prompts", "{}/binary.txt"], "binary.txt"),
+        ([*TRAIN, "--prompts", "{}/long.txt"], "prompts[1] needs 301 tokens"),
+        ([*TRAIN, "--prompts", "{}/prompts.txt", "--cache", "{}/exits-cache"], "another"),
+        (["calibrate", "{}/nowhere"], "nowhere"),
+        (["calibrate", "{}/tiny"], "tiny"),
+        (["calibrate", "{}/torn"], "heads.safetensors is truncated"),
+        (["calibrate", "{}/exits", "--eps", "nan"], "eps is nan"),
+        (["calibrate", "{}/exits", "--prompts", "{}/blank.txt"], "blank.txt"),
+        (["calibrate", "{}/exits", "--prompts", "{}/long.txt"], "prompts[1] needs 301 tokens"),
+        (["calibrate", "{}/exits", "--model", "{}/other"], "model"),
+        (["generate", "{}/nowhere", "a"], "nowhere"),
+        (["generate", "{}/torn", "a"], "heads.safetensors is truncated"),
+        (["generate", "{}/exits", "  "], "prompt"),
+        (["generate", "{}/exits", "a", "--eps", "nan"], "eps is nan"),
+        (["generate", "{}/exits", "a", "-n", "400"], "401 tokens"),
+        (["generate", "{}/exits", "a " * 300], "needs 301 tokens"),
+        (["generate", "{}/exits", "a", "--model", "{}/other"], "model"),
+        (["evaluate", "{}/nowhere"], "nowhere"),
+        (["evaluate", "{}/torn"], "heads.safetensors is truncated"),
+        (["evaluate", "{}/exits", "--eps", ".5,1"], "eps"),
+        (["evaluate", "{}/exits", "--prompts", "{}/blank.txt"], "blank.txt"),
+        (["evaluate", "{}/exits", "--prompts", "{}/long.txt"], "prompts[1] needs 301 tokens"),
+        (["evaluate", "{}/exits", "--prompts", "{}/others.txt", "-n", "400"], "the longest prompt"),
+        (["demo", "--folder", "{}/prompts.txt"], "prompts.txt"),
+        (["demo", "--tokens", "0"], "--tokens"),
+    ],
+)  # fmt: skip
+def test_input_at_fault_is_said_in_one_sentence(faults, arguments, expected):
+    before = {path: path.stat().st_mtime_ns for path in sorted(faults.rglob("*"))}
+    assert expected in refuse(*[part.format(faults) for part in arguments], "-q")
+    assert {path: path.stat().st_mtime_ns for path in sorted(faults.rglob("*"))} == before
 
 
 def test_the_demo_runs_through_and_reuses_what_it_made(workplace, tmp_path):
-    config = DemoConfig(
-        layers=LAYERS, shortlist=8, training_tokens=300, epochs=1, calibration_tokens=150, eps=0.3,
-        eps_checked=(0.2, 0.3), prompts=3, max_new_tokens=8, timed_prompts=2, timed_tokens=6,
-    )  # fmt: skip
+    config = DemoConfig(training_tokens=300, **SMALL_DEMO)
     model, tokenizer = offramp.load_model(workplace[0] / "tiny", device="cpu")
     said = []
     first = run_demo(model, tokenizer, tmp_path / "demo", config, say=said.append)
@@ -325,6 +374,61 @@ def test_an_interrupt_leaves_nothing_half_written(workplace, tmp_path):
     assert not (tmp_path / "exits").exists()
     left = [path.name for path in tmp_path.rglob("*") if path.is_file()]
     assert not [name for name in left if name.endswith((".tmp", ".part"))], left
+
+
+@pytest.mark.parametrize(
+    ("command", "place"),
+    [
+        ("train", "offramp.llm.training.Trainer.run"),
+        ("train", "offramp.llm.storage.save_file"),
+        ("train", "offramp.llm.storage.write_json"),
+        ("calibrate", "offramp.llm.model.score_sequences"),
+        ("calibrate", "offramp.llm.storage.write_text"),
+        ("generate", "offramp.llm.model.decode"),
+        ("evaluate", "offramp.evaluation.evaluate.decode_prompts"),
+        ("demo", "offramp.evaluation.demo.measure_speed"),
+        ("demo", "offramp.evaluation.report.draw_all"),
+        ("demo", "pathlib.Path.write_text"),
+        ("threshold", "offramp.cli.threshold.fast_calibrate"),
+        ("bench", "offramp.cli.bench.alternate"),
+        ("info", "offramp.machine.versions"),
+    ],
+)
+def test_an_interrupt_anywhere_leaves_what_was_there(workplace, tmp_path, monkeypatch, command, place):
+    folder = workplace[0]
+    (tmp_path / "table.csv").write_text("score,correct\n0.5,1\n")
+    shutil.copytree(folder / "exits", tmp_path / "exits")
+    texts = ("--prompts", folder / "others.txt", "--device", "cpu")
+    arguments = {
+        "train": (folder / "tiny", "--layers", "2,4", "-o", tmp_path / "new", "--tokens", "100", *texts),
+        "calibrate": (tmp_path / "exits", "--eps", "0.3", "--tokens", "100", *texts),
+        "generate": (tmp_path / "exits", "a b", "-n", "5", "--device", "cpu"),
+        "evaluate": (tmp_path / "exits", "--eps", ".3", "-n", "5", "-o", tmp_path / "numbers", *texts),
+        "demo": ("--folder", tmp_path / "demo", "--tokens", "300"),
+        "threshold": (tmp_path / "table.csv",),
+        "bench": (),
+        "info": (),
+    }
+    monkeypatch.setattr(showcase, "DemoConfig", partial(DemoConfig, **SMALL_DEMO))
+    monkeypatch.setattr(
+        showcase, "open_model", lambda *_, **__: offramp.load_model(folder / "tiny", device="cpu")
+    )
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    def interrupt(*_arguments, **_keywords):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(place, interrupt)
+    code, out, err = io_run(command, *arguments[command], "-q")
+    monkeypatch.undo()
+    assert (code, out, err.strip()) == (130, "", "offramp: interrupted")
+    after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    # Training and the demo keep what they finished for the next try; nothing is begun and not finished.
+    tries = (tmp_path / "new-cache", tmp_path / "demo")
+    kept = [path for path in after if any(path.is_relative_to(folder) for folder in tries)]
+    assert {path: data for path, data in after.items() if path not in kept} == before
+    assert tmp_path / "demo" / "report.html" not in after
+    assert not [path for path in tmp_path.rglob("*") if path.name.endswith(".tmp") or path.name[0] == "."]
 
 
 @pytest.mark.real_model

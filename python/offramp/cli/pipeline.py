@@ -170,7 +170,7 @@ def generate(
     out = ee.generate(
         **inputs,
         mode=mode,
-        eps=eps if mode == "exit" else None,
+        eps=None if mode == "off" else eps,
         max_new_tokens=max_new_tokens,
         return_dict_in_generate=True,
         **sampling,

@@ -14,7 +14,7 @@ from typing import Any
 from offramp import machine
 from offramp.decision import decide
 from offramp.errors import InputError
-from offramp.evaluation.decoded import Decoded, decode_prompts
+from offramp.evaluation.decoded import Decoded, decode_prompts, model_inputs
 from offramp.evaluation.forced import CONFIDENCES, Point, Reading, read, sweep
 from offramp.evaluation.metrics import BINS
 from offramp.evaluation.shares import NAMES
@@ -23,6 +23,7 @@ from offramp.llm.calibrating import Calibration, check_eps
 from offramp.llm.loading import DEMO_MODEL
 from offramp.llm.model import EarlyExitModel
 from offramp.llm.planning import measure_costs
+from offramp.llm.sequences import check_length
 
 Say = Callable[[str], None]
 Progress = Callable[[str, int, int], None]
@@ -113,6 +114,10 @@ def evaluate(
     for target in (*grid, *eps):
         check_eps(target)
     calibrations = {name: calibration_of(name, ee) for name, ee in exits.items()}
+    longest = model_inputs(first, prompts)["input_ids"].shape[1]
+    check_length(
+        longest + max_new_tokens, first.trunk.max_positions, "the longest prompt with its continuation"
+    )
     say(f"Continuing {len(prompts)} prompts with the whole model, and reading that text with every head")
     text = first.continue_greedily(prompts, max_new_tokens=max_new_tokens, progress=progress)
     readings = read(exits, text, progress=progress)

@@ -37,9 +37,10 @@ def prompts(split: Split) -> list[str]:
 
     Notes
     -----
-    Valade (2024, arXiv 2407.21082v1, Table 1) starts from a table of training and calibration prompts.  That
-    table could not be had when this list was written, so none of these prompts is the paper's; to reproduce
-    the paper, pass its prompts to `train_heads` and `calibrate` as ``prompts=``.
+    Valade (2024, arXiv 2407.21082v1, Table 1) starts from a table of training and calibration prompts.  None of
+    these prompts is taken from it: the copies of the paper that could be read when this list was written end before
+    the table, and no such list was found in the author's published code (github.com/FlorianVal/BranchyLLM and
+    HF_branchy_model).  To reproduce the paper, pass its prompts to `train_heads` and `calibrate` as ``prompts=``.
 
     Examples
     --------
