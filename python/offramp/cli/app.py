@@ -13,6 +13,7 @@ import click
 
 import offramp
 from offramp.cli.bench import bench
+from offramp.cli.harness import lm_eval
 from offramp.cli.info import info
 from offramp.cli.models import calibrate, demo, evaluate, generate, train
 from offramp.cli.threshold import threshold
@@ -23,6 +24,7 @@ EXTRAS = {
     "llm": ("torch", "transformers", "safetensors", "accelerate"),
     "cli": ("jinja2",),
     "plot": ("matplotlib",),
+    "eval": ("lm_eval",),
 }
 
 
@@ -35,7 +37,7 @@ def command(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for _subcommand in (demo, train, calibrate, generate, evaluate, bench, threshold, info):
+for _subcommand in (demo, train, calibrate, generate, evaluate, lm_eval, bench, threshold, info):
     command.add_command(_subcommand)
 
 

@@ -1,0 +1,215 @@
+"""The model of lm-evaluation-harness: against the harness's own with exits off, against a walk with exits on."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import offramp
+import pytest
+import torch
+from tiny import make_model
+
+if find_spec("lm_eval") is None:
+    pytest.skip("needs lm_eval (offramp[eval])", allow_module_level=True)
+
+import lm_eval
+from lm_eval.models.huggingface import HFLM
+from offramp import InputError
+from offramp.cli.app import run
+from offramp.evaluation.harness import OfframpLM, find_tasks, local_tasks, task_scores
+
+TASKS = Path(__file__).parents[1] / "data" / "lm_eval"
+NAMES = [*local_tasks(), "offramp_test_rolling", "offramp_test_continue"]
+LAYERS = (1, 3, 5)
+
+
+def byte_tokenizer(vocabulary=89):
+    """Letters, digits and signs as tokens; everything else is unknown."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    signs = [chr(code) for code in range(32, 127) if chr(code).lower() == chr(code)][: vocabulary - 8]
+    words = ["<pad>", "<s>", "<unk>", "\n", "\t", "</s>", *signs]
+    raw = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    raw.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw, eos_token="</s>", bos_token="<s>", unk_token="<unk>", pad_token="<pad>"
+    )
+
+
+@pytest.fixture(scope="module")
+def exits():
+    """A tiny model whose window the longer documents exceed, with calibrated heads."""
+    model = make_model(seed=4, max_position_embeddings=120)
+    ee = offramp.EarlyExitModel(
+        model, byte_tokenizer(), layers=LAYERS, head=offramp.HeadConfig("mlp", shortlist=60)
+    )
+    generator = torch.Generator().manual_seed(2)
+    texts = [torch.randint(6, 60, (24,), generator=generator) for _ in range(30)]
+    ee.train_heads(sequences=texts, epochs=2, batch_size=64)
+    ee.calibrate(0.4, sequences=texts)
+    return ee
+
+
+@pytest.fixture(scope="module")
+def samples(exits):
+    """What the harness got for every request, with its own model and with ours, exits off."""
+    own = HFLM(pretrained=exits.model, tokenizer=byte_tokenizer(), batch_size=3)
+    ours = OfframpLM(exits, mode="off", batch_size=3)
+    found = {}
+    for name, model in (("own", own), ("ours", ours)):
+        manager = find_tasks(NAMES, [TASKS])
+        result = lm_eval.simple_evaluate(
+            model=model, tasks=NAMES, task_manager=manager, limit=6, bootstrap_iters=0
+        )
+        found[name] = (result["samples"], result["results"])
+    return found
+
+
+def test_with_exits_off_every_request_gets_what_the_harness_gives_it(samples):
+    own, ours = samples["own"][0], samples["ours"][0]
+    assert set(own) == set(ours) == set(NAMES)
+    compared = 0
+    for task in NAMES:
+        for mine, theirs in zip(ours[task], own[task], strict=True):
+            assert mine["arguments"] == theirs["arguments"]
+            for one, other in zip(mine["resps"], theirs["resps"], strict=True):
+                compared += 1
+                if task == "offramp_test_continue":
+                    assert one == other
+                elif task == "offramp_test_rolling":
+                    assert one == pytest.approx(other, abs=1e-5)
+                else:
+                    assert one[0][0] == pytest.approx(other[0][0], abs=1e-5)
+                    assert one[0][1] == other[0][1]
+    # Letters, endings, names; rolled passages; continuations.
+    assert compared == 6 * 4 + 6 * 4 + 6 * 2 + 4 + 4
+    assert samples["own"][1].keys() == samples["ours"][1].keys()
+
+
+def test_continuations_say_something(samples):
+    texts = [item["resps"][0][0] for item in samples["ours"][0]["offramp_test_continue"]]
+    assert any(texts)
+    assert len(set(texts)) > 1
+
+
+@torch.no_grad()
+def test_each_position_takes_the_first_head_that_would_have_exited(exits):
+    generator = torch.Generator().manual_seed(5)
+    tokens = torch.randint(6, 60, (3, 20), generator=generator)
+    scores = exits.score(tokens).scores
+    thresholds = [float(np.quantile(row, share)) for row, share in zip(scores, (0.8, 0.6, 0.5), strict=True)]
+    ours = OfframpLM(exits, thresholds=thresholds, batch_size=2)
+    logits = ours._model_call(tokens)
+    output = exits.model(tokens, output_hidden_states=True)
+    taken = set()
+    for row in range(3):
+        for position in range(20):
+            expected, answering = output.logits[row, position], 3
+            for index in reversed(range(3)):
+                head = exits.heads.after(LAYERS[index])
+                said = head(output.hidden_states[LAYERS[index]][row, position])
+                p = said.softmax(-1).topk(2).values
+                if float(p[0] - p[1]) >= thresholds[index]:
+                    expected, answering = torch.full((89,), -math.inf), index
+                    expected[head.shortlist] = said
+            taken.add(answering)
+            torch.testing.assert_close(logits[row, position], expected, atol=1e-4, rtol=1e-4)
+    assert taken == {0, 1, 2, 3}
+
+
+def test_what_is_remembered_scores_as_what_is_run(exits, monkeypatch):
+    plain = OfframpLM(exits, eps=0.3, batch_size=2)
+    keeping = OfframpLM(exits, eps=0.5, batch_size=2, remember=True)
+    fresh = list(task_scores(plain, ["offramp_endings"], limit=4))
+    list(task_scores(keeping, ["offramp_endings"], limit=4))
+    keeping.use(eps=0.3)
+    monkeypatch.setattr(type(exits.trunk), "run", lambda *_, **__: pytest.fail("a layer ran again"))
+    again = list(task_scores(keeping, ["offramp_endings"], limit=4))
+    assert [row[:3] for row in again] == [row[:3] for row in fresh]
+    assert {row[1] for row in again} == {"acc", "acc_norm"}
+
+
+def test_generation_goes_through_the_engine(exits):
+    """With exits on, the harness gets what `generate` writes."""
+    ours = OfframpLM(exits, eps=0.3, batch_size=1)
+    manager = find_tasks(["offramp_test_continue"], [TASKS])
+    result = lm_eval.simple_evaluate(
+        model=ours, tasks=["offramp_test_continue"], task_manager=manager, bootstrap_iters=0
+    )
+    early = 0
+    for item in result["samples"]["offramp_test_continue"]:
+        ids = exits.tokenizer(item["arguments"][0][0], return_tensors="pt")["input_ids"]
+        written = exits.generate(ids, eps=0.3, max_new_tokens=20, do_sample=False)[0, ids.shape[1] :]
+        early += sum(count for layer, count in exits.last_stats.tokens_by_exit.items() if layer < 6)
+        text = exits.tokenizer.decode(written, skip_special_tokens=True)
+        assert item["resps"][0][0] == text.split("\n\n")[0].split("5")[0]
+    assert early > 0
+
+
+def test_the_models_own_tokenizer_and_pad_token_stay_as_they_were(exits):
+    before = exits.tokenizer.pad_token
+    exits.tokenizer.pad_token = None
+    OfframpLM(exits)
+    assert exits.tokenizer.pad_token is None
+    exits.tokenizer.pad_token = before
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"eps": 1.5}, "eps is 1.5"),
+        ({"mode": "fast"}, "mode is 'fast'"),
+        ({"thresholds": [0.5]}, "thresholds is"),
+    ],
+)
+def test_bad_settings_are_refused(exits, settings, words):
+    with pytest.raises(InputError, match=words):
+        OfframpLM(exits, **settings)
+
+
+def test_an_unknown_task_is_named(exits):
+    with pytest.raises(InputError, match="task 'no_such_task' does not exist"):
+        list(task_scores(OfframpLM(exits), ["offramp_facts", "no_such_task"]))
+
+
+def command(*arguments):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = run(["lm-eval", *map(str, arguments)])
+    return code, out.getvalue(), err.getvalue()
+
+
+def test_the_harness_command_knows_the_model(exits, tmp_path):
+    exits.model.save_pretrained(tmp_path / "tiny")
+    exits.tokenizer.save_pretrained(tmp_path / "tiny")
+    model, tokenizer = offramp.load_model(tmp_path / "tiny", device="cpu")
+    ee = offramp.EarlyExitModel(model, tokenizer, layers=LAYERS, head=exits.head)
+    ee.heads, ee.calibration = exits.heads, exits.calibration
+    ee.save_pretrained(tmp_path / "exits")
+    arguments = (
+        "--model",
+        "offramp",
+        "--model_args",
+        f"pretrained={tmp_path / 'exits'},eps=0.5",
+        "--limit",
+        "3",
+    )
+    code, out, err = command(
+        *arguments, "--device", "cpu", "--tasks", "offramp_pronouns", "--output_path", tmp_path / "found"
+    )
+    assert code == 0, err
+    assert "offramp_pronouns" in out
+    (stored,) = (tmp_path / "found").rglob("results*.json")
+    found = json.loads(stored.read_text())
+    assert 0 <= found["results"]["offramp_pronouns"]["acc,none"] <= 1
+    assert np.isfinite(found["config"]["model_num_parameters"])
+    assert sys.argv[0] != "lm_eval"
