@@ -269,16 +269,18 @@ def test_of_too_much_own_text_sequences_of_every_length_are_drawn(trunk, tmp_pat
 
 
 def test_few_prompts_come_round_at_other_temperatures(trunk, starts, tmp_path, monkeypatch):
-    asked = []
+    asked, seeds = [], []
     original = continue_prompts
 
-    def recording(trunk, prompts, *, temperatures, **kwargs):
+    def recording(trunk, prompts, *, temperatures, generator, **kwargs):
         asked.extend(zip([tuple(prompt.tolist()) for prompt in prompts], temperatures, strict=True))
-        return original(trunk, prompts, temperatures=temperatures, **kwargs)
+        seeds.append(generator.initial_seed())
+        return original(trunk, prompts, temperatures=temperatures, generator=generator, **kwargs)
 
     monkeypatch.setattr("offramp.llm.data.continue_prompts", recording)
     prepare_corpus(trunk, CorpusPlan((2,), 128 * 5, 5), tmp_path, prompts=starts[:32])
     assert len(set(asked)) == len(asked) == 128
+    assert len(set(seeds)) == len(seeds) == 2
 
 
 @pytest.mark.parametrize("name", ["corpus.json", "shard-00000.json"])
