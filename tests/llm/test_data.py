@@ -332,3 +332,10 @@ def test_what_is_no_text_gets_a_sentence(sequences, words):
 def test_a_single_text_is_not_taken_for_a_list_of_letters():
     with pytest.raises(InputError, match="prompts is a single text"):
         encode_prompts("Tell me.", object(), max_positions=9)
+
+
+def test_a_full_context_window_is_not_too_long():
+    (full,) = as_sequences([list(range(20))], None, max_positions=20)
+    assert len(full.tokens) == 20
+    with pytest.raises(InputError, match=r"sequences\[0\] needs 21 tokens.*window holds 20"):
+        as_sequences([list(range(21))], None, max_positions=20)
