@@ -50,6 +50,7 @@ FAMILIES = {
     "Phi": MULTI_HEAD,
     "Phi3": LLAMA,
     "Gemma2": GEMMA | {"query_pre_attn_scalar": 8, "final_logit_softcapping": 5.0},
+    "Gemma2, uncapped": GEMMA | {"query_pre_attn_scalar": 8, "attn_logit_softcapping": None},
     "Gemma3": GEMMA | {"query_pre_attn_scalar": 8, "layer_types": ALTERNATING},
     "GPT2": GPT,
     "GPTNeoX": {name: value for name, value in LLAMA.items() if name != "num_key_value_heads"},
@@ -65,6 +66,7 @@ FAMILIES = {
     "Granite": LLAMA | {"logits_scaling": 4.0, "embedding_multiplier": 3.0, "residual_multiplier": 0.7},
     "SmolLM3": LLAMA | {"no_rope_layers": [1, 0, 1, 0]},
     "Cohere": MULTI_HEAD | {"logit_scale": 0.25},
+    "Cohere, normed": MULTI_HEAD | {"logit_scale": 0.25, "use_qk_norm": True},
     "Cohere2": LLAMA | {"logit_scale": 0.25, "sliding_window": 5, "layer_types": ALTERNATING},
     "StableLm": LLAMA,
     "Bloom": {
@@ -77,6 +79,9 @@ FAMILIES = {
     }
     | {"eos_token_id": 2},
 }
+
+# What decodes by the model's own modules; all others take the lean path.
+GENERAL = {"Gemma2", "GPT2", "GPTNeoX", "OPT", "Falcon", "Falcon, alibi", "Cohere2", "Bloom"}
 
 
 def make(family):
@@ -119,6 +124,10 @@ def batch():
         ids[row, :padding] = 0
         mask[row, :padding] = 0
     return ids, mask
+
+
+def test_the_lean_path_is_taken_where_the_family_is_described(request, ee):
+    assert ee._trunk.is_lean == (request.node.callspec.params["model"] not in GENERAL)
 
 
 def test_with_exits_off_tokens_are_those_of_generate(model, ee):

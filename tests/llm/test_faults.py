@@ -7,6 +7,7 @@ import torch
 from offramp import EarlyExitModel, HeadConfig, InputError, ModelError, OutOfMemoryError
 from offramp.llm.cache import cache_argument
 from offramp.llm.decoding import Exit, Rollout
+from offramp.llm.lean import LeanLayer
 from tiny import make_model
 from transformers import DynamicCache
 
@@ -27,15 +28,15 @@ class Failing:
 
 
 def fail_in_layer(monkeypatch, trunk, layer, at, error):
-    """Let a layer fail at its call number ``at``, on the lean path or the modules', after it wrote to its cache."""
-    cls = type(trunk._lean[layer])
+    """Let a layer fail at its call number ``at``, after it wrote to its cache."""
+    cls = LeanLayer
     run = cls.run
     count = 0
 
     def failing(self, *arguments, **keywords):
         nonlocal count
         hidden = run(self, *arguments, **keywords)
-        if self is trunk._lean[layer]:
+        if self is trunk._lean.layers[layer]:
             count += 1
             if count == at:
                 raise error

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub import ModelCard, RepoUrl
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from offramp import EarlyExitModel, HeadConfig, ModelError, StorageError
+from offramp.llm import storage
 from offramp.llm.fingerprint import fingerprint
 from tiny import make_model
 
@@ -167,6 +172,80 @@ def test_a_damaged_folder_is_refused(folder, model, name, damage, words):
     damage(folder / name)
     with pytest.raises(StorageError, match=words):
         EarlyExitModel.from_pretrained(folder, model=model)
+
+
+class Hub:
+    """One repository, kept in a folder; what else is asked for is not there."""
+
+    def __init__(self, folder):
+        self.folder, self.asked = folder, {}
+
+    def __call__(self, token=None):
+        self.asked["token"] = token
+        return self
+
+    def create_repo(self, repo_id, *, private, exist_ok):
+        assert exist_ok
+        self.asked |= {"repo_id": repo_id, "private": private}
+        return RepoUrl(f"https://hub.test/{repo_id}", endpoint="https://hub.test")
+
+    def upload_folder(self, *, repo_id, folder_path, **kwargs):
+        self.asked |= kwargs
+        shutil.copytree(folder_path, self.folder / repo_id)
+        return SimpleNamespace(commit_url=f"https://hub.test/{repo_id}/commit/1")
+
+    def download(self, repo_id, *, revision, token, allow_patterns):
+        if repo_id != self.asked.get("repo_id"):
+            raise LocalEntryNotFoundError("no such repository")
+        assert {path.name for path in (self.folder / repo_id).iterdir()} <= set(allow_patterns)
+        return str(self.folder / repo_id)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    found = Hub(tmp_path / "hub")
+    monkeypatch.setattr(storage, "HfApi", found)
+    monkeypatch.setattr(storage, "snapshot_download", found.download)
+    return found
+
+
+def test_heads_go_to_the_hub_and_come_back(trained, model, hub):
+    address = trained.push_to_hub(
+        "someone/exits", private=True, token="secret", commit_message="Better heads"
+    )
+    assert address == "https://hub.test/someone/exits/commit/1"
+    assert hub.asked == {
+        "repo_id": "someone/exits",
+        "private": True,
+        "token": "secret",
+        "commit_message": "Better heads",
+    }
+    loaded = EarlyExitModel.from_pretrained("someone/exits", model=model)
+    assert loaded.calibration.to_dict() == trained.calibration.to_dict()
+    with pytest.raises(
+        StorageError, match="folder someone/others does not exist, and the Hub did not give it"
+    ):
+        EarlyExitModel.from_pretrained("someone/others", model=model)
+
+
+def test_a_hub_that_refuses_gets_a_sentence(trained, hub, monkeypatch):
+    def refuse(*_, **__):
+        raise HFValidationError("Repo id must be of the form 'owner/name'")
+
+    monkeypatch.setattr(hub, "create_repo", refuse)
+    with pytest.raises(StorageError, match=r"^repo_id is a/b/c: the Hub did not take it \(Repo id"):
+        trained.push_to_hub("a/b/c")
+
+
+def test_the_card_is_one_the_hub_reads_and_holds_the_calibration(trained, folder, monkeypatch, tmp_path):
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.library_name == "offramp"
+    assert card.data.pipeline_tag == "text-generation"
+    assert card.data.base_model is None
+    assert str(trained.calibration) in card.text
+    monkeypatch.setattr(trained.model.config, "_name_or_path", "someone/model")
+    trained.save_pretrained(tmp_path / "named")
+    assert ModelCard.load(tmp_path / "named" / "README.md").data.base_model == "someone/model"
 
 
 def test_a_missing_folder_is_refused(model, tmp_path):

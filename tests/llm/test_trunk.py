@@ -117,21 +117,34 @@ def test_the_lean_path_and_the_modules_compute_the_same():
     torch.testing.assert_close(outputs[True], outputs[False], rtol=1e-5, atol=1e-5)
 
 
-def test_a_lean_path_that_deviates_is_given_up(monkeypatch):
-    rotate = lean._rotate
-    monkeypatch.setattr(lean, "_rotate", lambda states, cosines, sines: 1.01 * rotate(states, cosines, sines))
+@pytest.mark.parametrize("part", ["_attend", "_feed", "_add"])
+def test_a_lean_path_that_deviates_is_given_up(monkeypatch, part):
+    right = getattr(lean.LeanLayer, part)
+    monkeypatch.setattr(lean.LeanLayer, part, lambda *arguments: 1.01 * right(*arguments))
     trunk = Trunk(make_model())
     assert trunk.is_lean
     trunk.prove((2, 4))
     assert not trunk.is_lean
 
 
-@pytest.mark.parametrize("change", ["patched", "hooked", "activation"])
+@pytest.mark.parametrize("rows", [1, 2, 3, 8, 9])
+@pytest.mark.parametrize("biased", [False, True])
+def test_few_rows_by_either_product(monkeypatch, rows, biased):
+    generator = torch.Generator().manual_seed(rows)
+    hidden, weight = (torch.randn(shape, generator=generator) for shape in ((1, rows, 16), (24, 16)))
+    bias = torch.randn(24, generator=generator) if biased else None
+    expected = torch.nn.functional.linear(hidden, weight, bias)
+    for columns in (True, False):
+        monkeypatch.setattr(lean, "_ROWS_AS_COLUMNS", columns)
+        torch.testing.assert_close(lean.linear(hidden, weight, bias), expected)
+
+
+@pytest.mark.parametrize("change", ["patched", "hooked"])
 def test_unusual_layers_are_not_taken_apart(change):
-    model = make_model(**({"hidden_act": "gelu"} if change == "activation" else {}))
+    model = make_model()
     if change == "patched":
         model.model.layers[1].mlp.forward = model.model.layers[1].mlp.forward
-    elif change == "hooked":
+    else:
         model.model.layers[1].self_attn.q_proj.register_forward_hook(lambda *_: None)
     trunk = Trunk(model)
     assert not trunk.is_lean

@@ -18,7 +18,8 @@ _LEAST_ROOM = 64
 class GrowingLayer(DynamicLayer):
     """One layer's keys and values in buffers that grow by half when full, so that a step copies only its own rows.
 
-    ``keys`` and ``values`` are views of shape (batch, heads, tokens, head size) on the filled part.
+    ``keys`` and ``values`` are views of shape (batch, heads, tokens, head size) on the filled part.  The buffers behind
+    them hold one token after the other, so that what is appended is written in one piece.
     """
 
     def __init__(self) -> None:
@@ -30,12 +31,16 @@ class GrowingLayer(DynamicLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append rows and return all keys and values, each (batch, heads, tokens, head size)."""
+        return self.append(key_states.transpose(1, 2), value_states.transpose(1, 2))
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append rows (batch, new tokens, heads, head size); returns what `update` does."""
         if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        start, end = self._length, self._length + key_states.shape[-2]
-        keys, values = self._reserve(key_states, value_states, end)
-        keys[:, :, start:end] = key_states
-        values[:, :, start:end] = value_states
+            self.lazy_initialization(keys, values)
+        end = self._length + keys.shape[1]
+        key_buffer, value_buffer = self._reserve(keys, values, end)
+        key_buffer[:, self._length : end] = keys
+        value_buffer[:, self._length : end] = values
         return self._show(end)
 
     def get_seq_length(self) -> int:
@@ -78,18 +83,18 @@ class GrowingLayer(DynamicLayer):
     def _reserve(
         self, keys: torch.Tensor, values: torch.Tensor, needed: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if self._buffers is None or self._buffers[0].shape[-2] < needed:
+        if self._buffers is None or self._buffers[0].shape[1] < needed:
             capacity = needed + max(_LEAST_ROOM, needed // 2)
-            grown = tuple(new.new_empty(*new.shape[:-2], capacity, new.shape[-1]) for new in (keys, values))
+            grown = tuple(new.new_empty(len(new), capacity, *new.shape[2:]) for new in (keys, values))
             if self._buffers is not None:
                 for old, new in zip(self._buffers, grown, strict=True):
-                    new[:, :, : self._length] = old[:, :, : self._length]
+                    new[:, : self._length] = old[:, : self._length]
             self._buffers = (grown[0], grown[1])
         return self._buffers
 
     def _show(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         assert self._buffers is not None
-        keys, values = (buffer[:, :, :length] for buffer in self._buffers)
+        keys, values = (buffer[:, :length].transpose(1, 2) for buffer in self._buffers)
         self._length, self.keys, self.values = length, keys, values
         return keys, values
 

@@ -6,18 +6,72 @@ for layers it can describe and only after it has proved equal to the model's own
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from offramp.llm.cache import GrowingLayer
+from offramp.llm.cache import GrowingCache, GrowingLayer
 
-# Decoder layers that are exactly: RMS norm, rotary attention, RMS norm, gated SiLU block, each on a residual.
-_FAMILIES = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer")
+Linear = tuple[torch.Tensor, torch.Tensor | None]
+Map = Callable[[torch.Tensor], torch.Tensor]
+Rotary = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class _Family:
+    """What a family calls its norms and how it arranges a layer; the defaults are Llama's."""
+
+    before_attention: str | None = "input_layernorm"
+    after_attention: str | None = None
+    before_block: str | None = "post_attention_layernorm"
+    after_block: str | None = None
+    # The block reads what attention reads, and both are added to the residual.
+    beside: bool = False
+    # Neighbours are rotated with each other, instead of the first half with the second.
+    interleaved: bool = False
+    # Queries and keys are normed before they are cut into heads.
+    norms_whole: bool = False
+
+
+_SANDWICH = _Family(
+    after_attention="post_attention_layernorm",
+    before_block="pre_feedforward_layernorm",
+    after_block="post_feedforward_layernorm",
+)
+_FAMILIES = {
+    "LlamaDecoderLayer": _Family(),
+    "MistralDecoderLayer": _Family(),
+    "Qwen2DecoderLayer": _Family(),
+    "Qwen3DecoderLayer": _Family(),
+    "Phi3DecoderLayer": _Family(),
+    "GraniteDecoderLayer": _Family(),
+    "SmolLM3DecoderLayer": _Family(),
+    "StableLmDecoderLayer": _Family(),
+    "Gemma2DecoderLayer": _SANDWICH,
+    "Gemma3DecoderLayer": _SANDWICH,
+    "Olmo2DecoderLayer": _Family(
+        before_attention=None,
+        after_attention="post_attention_layernorm",
+        before_block=None,
+        after_block="post_feedforward_layernorm",
+        norms_whole=True,
+    ),
+    "CohereDecoderLayer": _Family(before_block=None, beside=True, interleaved=True),
+    "PhiDecoderLayer": _Family(before_block=None, beside=True),
+}
+# MKL's product of a few rows in float32 takes the time of several single ones where it has no AVX-512 (measured at 2
+# to 8 rows: 1.1 to 4 times as long); with the rows as columns it does not.
+_ROWS_AS_COLUMNS = torch.backends.mkl.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX2"
+_FEW = 8
+# Rotary angles that depend on a position alone, so that a table holds them.
+_FIXED_ANGLES = ("default", "linear", "llama3", "yarn")
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,75 +80,235 @@ class LeanLayer:
 
     Attributes
     ----------
-    attention_norm, block_norm : (weight (H,), epsilon)
-        RMS norms before attention and before the gated block.
-    query, key, value, output, gate, up, down : (weight, bias or None)
-        Linear maps.
+    before_attention, after_attention, before_block, after_block : callable or None
+        Norms.
+    projections : list of (weight, bias or None)
+        Query, key and value, or all three in one.
+    output, down : (weight, bias or None)
+        Linear maps back to the residual.
+    block : list of (weight, bias or None)
+        Gate and up, both in one, or up alone where nothing is gated.
+    activation : callable
+        Of the gate, or of up.
+    query_norm, key_norm : callable or None
+        Norms of each head, or of all of them where ``norms_whole``.
+    widths : (int, int, int)
+        Of query, key and value.
     head_size : int
         Width of one attention head.
-    scaling : float
-        Factor of the attention scores.
+    scaling, residual : float
+        Factors of the attention scores, and of what is added to the residual.
+    kind : str or None
+        Which table of rotary angles to take; ``None`` for a layer without positions.
+    window : int or None
+        How far back a query sees.
     """
 
-    attention_norm: tuple[torch.Tensor, float]
-    query: tuple[torch.Tensor, torch.Tensor | None]
-    key: tuple[torch.Tensor, torch.Tensor | None]
-    value: tuple[torch.Tensor, torch.Tensor | None]
-    output: tuple[torch.Tensor, torch.Tensor | None]
-    block_norm: tuple[torch.Tensor, float]
-    gate: tuple[torch.Tensor, torch.Tensor | None]
-    up: tuple[torch.Tensor, torch.Tensor | None]
-    down: tuple[torch.Tensor, torch.Tensor | None]
+    before_attention: Map | None
+    after_attention: Map | None
+    before_block: Map | None
+    after_block: Map | None
+    beside: bool
+    projections: list[Linear]
+    output: Linear
+    block: list[Linear]
+    gated: bool
+    down: Linear
+    activation: Map
+    query_norm: Map | None
+    key_norm: Map | None
+    norms_whole: bool
+    widths: tuple[int, int, int]
     head_size: int
     scaling: float
+    residual: float
+    kind: str | None
+    window: int | None
 
     def run(
         self,
         hidden: torch.Tensor,
-        rotary: tuple[torch.Tensor, torch.Tensor],
+        rotary: Rotary | None,
+        partner: torch.Tensor,
         mask: torch.Tensor | None,
         cache: GrowingLayer,
     ) -> torch.Tensor:
         """Run the layer over new rows (B, q, H), appending their keys and values to the cache.
 
-        ``rotary`` holds cosines and sines, each (B, 1, q, head size); ``mask`` is True where a query may look,
-        (B or 1, 1, groups * q, cached + q), or ``None`` for a single query that sees everything.
+        ``rotary`` holds cosines and signed sines, each (B, q, 1, head size), ``partner`` the dimension each is rotated
+        with; ``mask`` is True where a query may look, (B or 1, 1, groups * q, cached + q), or ``None`` for a single
+        query that sees everything within the window.
         """
-        batch, queries, _ = hidden.shape
-        normed = functional.rms_norm(hidden, hidden.shape[-1:], *self.attention_norm)
-        query, key, value = (
-            functional.linear(normed, *weights).view(batch, queries, -1, self.head_size).transpose(1, 2)
-            for weights in (self.query, self.key, self.value)
-        )
-        keys, values = cache.update(_rotate(key, *rotary), value)
+        normed = self.before_attention(hidden) if self.before_attention else hidden
+        attended = self._attend(normed, rotary, partner, mask, cache)
+        if self.beside:
+            return hidden + attended + self._feed(normed)
+        hidden = self._add(hidden, attended, self.after_attention)
+        normed = self.before_block(hidden) if self.before_block else hidden
+        return self._add(hidden, self._feed(normed), self.after_block)
+
+    def _add(self, hidden: torch.Tensor, new: torch.Tensor, norm: Map | None) -> torch.Tensor:
+        if norm is not None:
+            new = norm(new)
+        return hidden + (new if self.residual == 1 else new * self.residual)
+
+    def _attend(
+        self,
+        normed: torch.Tensor,
+        rotary: Rotary | None,
+        partner: torch.Tensor,
+        mask: torch.Tensor | None,
+        cache: GrowingLayer,
+    ) -> torch.Tensor:
+        batch, queries, _ = normed.shape
+        query, key, value = self._project(normed)
+        # Rotated together: the fewer operations, the better.
+        both = torch.cat((query, key), dim=-1).view(batch, queries, -1, self.head_size)
+        if rotary is not None:
+            both = both * rotary[0] + both.index_select(-1, partner) * rotary[1]
+        heads = self.widths[0] // self.head_size
+        keys, values = cache.append(both[:, :, heads:], value.view(batch, queries, -1, self.head_size))
+        if mask is None and self.window is not None:
+            keys, values = keys[:, :, -self.window :], values[:, :, -self.window :]
         # Query heads that share a key head are laid out as more queries of it, so that keys are not repeated.
-        query = _rotate(query, *rotary).reshape(batch, keys.shape[1], -1, self.head_size)
+        query = both[:, :, :heads].transpose(1, 2).reshape(batch, keys.shape[1], -1, self.head_size)
         mixed = functional.scaled_dot_product_attention(
             query, keys, values, attn_mask=mask, scale=self.scaling
         )
-        mixed = mixed.reshape(batch, -1, queries, self.head_size).transpose(1, 2).reshape(batch, queries, -1)
-        hidden = hidden + functional.linear(mixed, *self.output)
-        normed = functional.rms_norm(hidden, hidden.shape[-1:], *self.block_norm)
-        gated = functional.silu(functional.linear(normed, *self.gate)) * functional.linear(normed, *self.up)
-        return hidden + functional.linear(gated, *self.down)
+        mixed = mixed.reshape(batch, heads, queries, self.head_size).transpose(1, 2)
+        return linear(mixed.reshape(batch, queries, -1), *self.output)
+
+    def _project(self, normed: torch.Tensor) -> Sequence[torch.Tensor]:
+        parts: Sequence[torch.Tensor] = [linear(normed, *weights) for weights in self.projections]
+        if len(parts) == 1:
+            parts = parts[0].split(self.widths, dim=-1)
+        if self.query_norm is None or self.key_norm is None:
+            return parts
+        query, key, value = parts
+        if self.norms_whole:
+            return self.query_norm(query), self.key_norm(key), value
+        query, key = (part.unflatten(-1, (-1, self.head_size)) for part in (query, key))
+        return self.query_norm(query).flatten(-2), self.key_norm(key).flatten(-2), value
+
+    def _feed(self, normed: torch.Tensor) -> torch.Tensor:
+        parts: Sequence[torch.Tensor] = [linear(normed, *weights) for weights in self.block]
+        if self.gated and len(parts) == 1:
+            parts = parts[0].chunk(2, dim=-1)
+        fed = self.activation(parts[0])
+        return linear(fed * parts[1] if self.gated else fed, *self.down)
 
 
-def describe(layers: Sequence[nn.Module], config: Any) -> list[LeanLayer] | None:
-    """Take decoder layers apart; ``None`` where they are not of a family this module knows.
+class Lean:
+    """A decoder's layers as `LeanLayer`, with the tables of rotary angles they share.
+
+    Parameters
+    ----------
+    layers
+        The layers.
+    family
+        How they are arranged.
+    angles
+        The decoder's module that gives cosines and sines.
+    config
+        The decoder's config.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module], family: _Family, angles: nn.Module, config: Any) -> None:
+        window = getattr(config, "sliding_window", None)
+        uniform = "sliding_attention" if window else "full_attention"
+        self._types: list[str] = getattr(config, "layer_types", None) or [uniform] * len(layers)
+        self._window, self._family, self._angles, self._config = window, family, angles, config
+        self._by_kind = "layer_type" in inspect.signature(angles.forward).parameters
+        self._tables: dict[tuple[str, torch.dtype], Rotary] = {}
+        self._partner = torch.empty(0, dtype=torch.int64)
+        self.layers = self.form(layers) or []
+
+    def form(self, layers: Sequence[nn.Module]) -> list[LeanLayer] | None:
+        """Take apart layers in the place of the model's last ones; ``None`` where they are more than they seem."""
+        if any(map(_unusual, layers)):
+            return None
+        types = self._types[len(self._types) - len(layers) :]
+        return [
+            _describe(
+                layer, kind, self._window if kind == "sliding_attention" else None, self._family, self._config
+            )
+            for layer, kind in zip(layers, types, strict=True)
+        ]
+
+    def run(
+        self,
+        layers: Sequence[LeanLayer],
+        hidden: torch.Tensor,
+        first: int,
+        cache: GrowingCache,
+        positions: torch.Tensor,
+        padding: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Run layers, the first of which stands for layer ``first``, over new rows, as `Trunk.run` does."""
+        queries = hidden.shape[1]
+        length = cache.length(first) + queries
+        rotary: dict[str | None, Rotary | None] = {None: None}
+        masks: dict[int | None, torch.Tensor | None] = {}
+        for layer, held in zip(layers, cache.growing[first:], strict=False):
+            if layer.kind not in rotary and layer.kind is not None:
+                cosines, sines = self._table(layer.kind, length, hidden)
+                rotary[layer.kind] = cosines[positions].unsqueeze(2), sines[positions].unsqueeze(2)
+            if layer.window not in masks:
+                groups = layer.widths[0] // layer.widths[1]
+                masks[layer.window] = attention_mask(
+                    length, queries, groups, padding, layer.window, hidden.device
+                )
+            hidden = layer.run(hidden, rotary[layer.kind], self._partner, masks[layer.window], held)
+        return hidden
+
+    def _table(self, kind: str, length: int, hidden: torch.Tensor) -> Rotary:
+        """Cosines and signed sines for at least ``length`` positions; the table grows by doubling."""
+        known = self._tables.get((kind, hidden.dtype))
+        if known is None or len(known[0]) < length or known[0].device != hidden.device:
+            known = self._tables[kind, hidden.dtype] = self._tabulate(kind, 2 * length, hidden)
+        return known
+
+    def _tabulate(self, kind: str, length: int, hidden: torch.Tensor) -> Rotary:
+        """Tables (length, head size) with which ``x * cos + x[partner] * sin`` is the rotated x."""
+        size = self.layers[0].head_size
+        positions = torch.arange(length, device=hidden.device)[None]
+        cosines, sines = (
+            self._angles(hidden, positions, kind) if self._by_kind else self._angles(hidden, positions)
+        )
+        turned = cosines.shape[-1]
+        places = torch.arange(size, device=hidden.device)
+        if self._family.interleaved:
+            first, partner = places % 2 == 0, places ^ 1
+        else:
+            first, partner = places < turned // 2, (places + turned // 2) % turned
+        # What is not rotated passes: its cosine is 1 and its sine 0.
+        self._partner = torch.where(places < turned, partner, places)
+        rest = cosines.new_ones(length, size - turned)
+        cosines = torch.cat([cosines[0], rest], dim=-1)
+        sines = torch.cat([sines[0], torch.zeros_like(rest)], dim=-1)
+        return cosines, torch.where(first, -sines, sines)
+
+
+def describe(layers: Sequence[nn.Module], decoder: Any, config: Any) -> Lean | None:
+    """Take a decoder apart; ``None`` where it is not of a family this module knows.
 
     Quantised, sharded or patched layers are not taken apart: their linear maps are more than a weight.
     """
-    slides = "sliding_attention" in (getattr(config, "layer_types", None) or ("sliding_attention",)) and bool(
-        getattr(config, "sliding_window", None)
-    )
-    known = all(type(layer).__name__ in _FAMILIES for layer in layers)
-    if slides or not known or getattr(config, "hidden_act", None) != "silu":
+    kinds = {type(layer).__name__ for layer in layers}
+    family = _FAMILIES.get(kinds.pop()) if len(kinds) == 1 else None
+    angles = getattr(decoder, "rotary_emb", None)
+    if family is None or angles is None or not _has_fixed_angles(config) or any(map(_unusual, layers)):
         return None
-    return None if any(_unusual(layer) for layer in layers) else [_describe(layer) for layer in layers]
+    return Lean(layers, family, angles, config)
 
 
 def attention_mask(
-    length: int, queries: int, groups: int, padding: torch.Tensor | None, device: torch.device
+    length: int,
+    queries: int,
+    groups: int,
+    padding: torch.Tensor | None,
+    window: int | None,
+    device: torch.device,
 ) -> torch.Tensor | None:
     """Which of ``length`` keys each of the last ``queries`` positions sees, for `LeanLayer.run`.
 
@@ -103,15 +317,29 @@ def attention_mask(
     if queries == 1 and padding is None:
         return None
     places = torch.arange(length, device=device)
-    mask = (places <= places[length - queries :, None])[None, None]
+    newest = places[length - queries :, None]
+    mask = places <= newest
+    if window is not None:
+        mask = mask & (places > newest - window)
+    mask = mask[None, None]
     if padding is not None:
         mask = mask & padding[:, None, None, :length].bool()
     return mask.repeat(1, 1, groups, 1)
 
 
-def _rotate(states: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
-    first, second = states.chunk(2, dim=-1)
-    return states * cosines + torch.cat((-second, first), dim=-1) * sines
+def linear(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """``functional.linear`` over rows (B, q, H), by the product that is fastest for so many."""
+    rows = hidden.shape[0] * hidden.shape[1]
+    if not (_ROWS_AS_COLUMNS and 1 < rows <= _FEW and hidden.dtype == torch.float32 and not hidden.is_cuda):
+        return functional.linear(hidden, weight, bias)
+    found = torch.mm(weight, hidden.reshape(rows, -1).T).T.reshape(*hidden.shape[:2], -1)
+    return found if bias is None else found + bias
+
+
+def _has_fixed_angles(config: Any) -> bool:
+    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    nested = [value for value in parameters.values() if isinstance(value, dict)] or [parameters]
+    return all(item.get("rope_type", "default") in _FIXED_ANGLES for item in nested)
 
 
 def _unusual(layer: nn.Module) -> bool:
@@ -123,29 +351,73 @@ def _unusual(layer: nn.Module) -> bool:
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     )
     patched = any("forward" in vars(module) for module in layer.modules())
-    return hooked or patched or any(type(module) is not nn.Linear for module in linears)
+    attention: Any = layer.self_attn
+    # Soft caps, norms a head of their own and layers in parallel by choice are left to the modules.
+    other = (
+        getattr(attention, "attn_logit_softcapping", None) is not None
+        or type(getattr(attention, "q_layernorm", None)).__name__ == "StableLmLayerNormPerHead"
+        or bool(getattr(layer, "use_parallel_residual", False))
+    )
+    return hooked or patched or other or any(type(module) is not nn.Linear for module in linears)
 
 
-def _describe(layer: Any) -> LeanLayer:
-    attention, block = layer.self_attn, layer.mlp
+def _describe(layer: Any, kind: str, window: int | None, family: _Family, config: Any) -> LeanLayer:
+    attention, mlp = layer.self_attn, layer.mlp
+    size = int(attention.head_dim)
+    wide, narrow = config.num_attention_heads * size, config.num_key_value_heads * size
+    gated = not hasattr(mlp, "fc1")
     return LeanLayer(
-        attention_norm=_norm(layer.input_layernorm),
-        query=_linear(attention.q_proj),
-        key=_linear(attention.k_proj),
-        value=_linear(attention.v_proj),
-        output=_linear(attention.o_proj),
-        block_norm=_norm(layer.post_attention_layernorm),
-        gate=_linear(block.gate_proj),
-        up=_linear(block.up_proj),
-        down=_linear(block.down_proj),
-        head_size=int(attention.head_dim),
+        before_attention=_norm(layer, family.before_attention),
+        after_attention=_norm(layer, family.after_attention),
+        before_block=_norm(layer, family.before_block),
+        after_block=_norm(layer, family.after_block),
+        beside=family.beside,
+        projections=_linears(attention, "qkv_proj") or _linears(attention, "q_proj", "k_proj", "v_proj"),
+        output=(_linears(attention, "o_proj") or _linears(attention, "dense"))[0],
+        block=_linears(mlp, "gate_up_proj") or _linears(mlp, "gate_proj", "up_proj") or _linears(mlp, "fc1"),
+        gated=gated,
+        down=(_linears(mlp, "down_proj") or _linears(mlp, "fc2"))[0],
+        activation=_activation(mlp),
+        query_norm=_norm(attention, "q_norm") or _norm(attention, "q_layernorm"),
+        key_norm=_norm(attention, "k_norm") or _norm(attention, "k_layernorm"),
+        norms_whole=family.norms_whole,
+        widths=(wide, narrow, narrow),
+        head_size=size,
         scaling=float(attention.scaling),
+        residual=float(getattr(layer, "residual_multiplier", 1.0)),
+        kind=kind if getattr(attention, "use_rope", True) else None,
+        window=window,
     )
 
 
-def _norm(norm: Any) -> tuple[torch.Tensor, float]:
-    return norm.weight, float(norm.variance_epsilon)
+def _norm(owner: Any, name: str | None) -> Map | None:
+    norm: Any = getattr(owner, name, None) if name else None
+    if norm is None:
+        return None
+    # Gemma's adds one to its weight; it and others that are no plain RMS norm are called as they are.
+    plain = type(norm).__name__.endswith("RMSNorm") and hasattr(norm, "variance_epsilon")
+    if not plain:
+        found: Map = norm
+        return found
+    return partial(_rms_norm, weight=norm.weight, eps=float(norm.variance_epsilon))
 
 
-def _linear(linear: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-    return linear.weight, linear.bias
+def _rms_norm(hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Scale to unit root mean square; of a single row on the CPU that is one number, found in fewer operations."""
+    if hidden.numel() != len(weight) or hidden.is_cuda:
+        return functional.rms_norm(hidden, weight.shape, weight, eps)
+    length = float(torch.linalg.vector_norm(hidden, dtype=torch.float32))
+    return hidden * (1 / math.sqrt(length * length / len(weight) + eps)) * weight
+
+
+def _activation(mlp: Any) -> Map:
+    found: Map = getattr(mlp, "act_fn", None) or mlp.activation_fn
+    return (
+        functional.silu if isinstance(found, nn.SiLU) or type(found).__name__ == "SiLUActivation" else found
+    )
+
+
+def _linears(owner: Any, *names: str) -> list[Linear]:
+    """Weights and biases by name; nothing where the owner has no such maps."""
+    found = [getattr(owner, name, None) for name in names]
+    return [] if None in found else [(linear.weight, linear.bias) for linear in found if linear is not None]

@@ -35,7 +35,7 @@ from offramp.llm.prompts import prompts as shipped_prompts
 from offramp.llm.scoring import Scores, agreement, score_sequences
 from offramp.llm.sequences import TokenSequence, as_sequences, check_length, encode_prompts, hash_of
 from offramp.llm.states import Progress
-from offramp.llm.storage import load_exits, save_exits
+from offramp.llm.storage import fetch_exits, load_exits, push_exits, save_exits
 from offramp.llm.training import HeadMetrics, Trainer, TrainingConfig, Watch, best_of, build_heads
 from offramp.llm.trunk import Trunk
 from offramp.llm.verifying import decode_verified
@@ -540,22 +540,52 @@ class EarlyExitModel:
         assert self.heads is not None
         save_exits(folder, self._trunk, self.heads, self.head, self.calibration, self._trained)
 
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
+        """Upload what `save_pretrained` writes to a Hub repository, with a model card; made where there is none.
+
+        Parameters
+        ----------
+        repo_id
+            ``owner/name``.
+        **kwargs
+            As in transformers: ``private``, ``token``, ``revision``, ``commit_message``, ``create_pr``.
+
+        Returns
+        -------
+        str
+            Address of the commit.
+
+        Raises
+        ------
+        StorageError
+            If the Hub refuses or cannot be reached.
+        """
+        with tempfile.TemporaryDirectory(prefix="offramp-") as scratch:
+            folder = Path(scratch) / "exits"
+            self.save_pretrained(folder)
+            return push_exits(folder, repo_id, **kwargs)
+
     @classmethod
     def from_pretrained(
         cls,
         folder: str | os.PathLike[str],
         model: PreTrainedModel | None = None,
         tokenizer: Any = None,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
         **kwargs: Any,
     ) -> EarlyExitModel:
-        """Load heads written by `save_pretrained`.
+        """Load heads written by `save_pretrained` or `push_to_hub`.
 
         Parameters
         ----------
         folder
-            The folder.
+            The folder, or a Hub repository as ``owner/name``.
         model, tokenizer
             The base model, if it is loaded already; else it is loaded by the name it had.
+        revision, token
+            Which version of the repository, and with whose rights.
         **kwargs
             Passed to `offramp.load_model`: ``dtype``, ``device``.
 
@@ -566,7 +596,7 @@ class EarlyExitModel:
         ModelError
             If the model is not the one the heads were trained on.
         """
-        saved = load_exits(folder)
+        saved = load_exits(fetch_exits(folder, revision, token))
         if model is None:
             if not saved.base_model:
                 raise InputError("model: the folder does not name its base model; load it and pass model=")

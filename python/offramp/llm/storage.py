@@ -6,6 +6,7 @@ For `model`; nothing else knows the layout of the folder.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
@@ -31,6 +34,7 @@ _CALIBRATION = "calibration.json"
 _CARD = "README.md"
 _FINGERPRINT = "base_model.fingerprint"
 _OTHER_HEADS = f"{_HEADS} does not hold the heads {_CONFIG} describes: the folder is damaged"
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,6 +155,48 @@ def require_free(folder: Path) -> None:
         raise StorageError(f"folder {folder} holds other files: choose an empty or a new folder")
 
 
+def push_exits(folder: Path, repo_id: str, **kwargs: Any) -> str:
+    """Upload a folder of heads to the Hub, making the repository where there is none; returns the commit's address.
+
+    Parameters
+    ----------
+    kwargs
+        ``private``, ``token``, ``revision``, ``commit_message`` and ``create_pr``, as `huggingface_hub` takes them.
+
+    Raises
+    ------
+    StorageError
+        If the Hub refuses or cannot be reached.
+    """
+    private, token = kwargs.pop("private", None), kwargs.pop("token", None)
+    api = HfApi(token=token)
+    try:
+        repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        kwargs.setdefault("commit_message", "Exit heads and thresholds")
+        return str(api.upload_folder(repo_id=repo, folder_path=folder, **kwargs).commit_url)
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise StorageError(f"repo_id is {repo_id}: the Hub did not take it ({_reason(error)})") from error
+
+
+def fetch_exits(name: str | os.PathLike[str], revision: str | None, token: str | bool | None) -> Path:
+    """Find a folder of heads: a local one, or the copy of a Hub repository of the form ``owner/name``.
+
+    Raises
+    ------
+    StorageError
+        If there is neither.
+    """
+    if Path(name).is_dir() or not _REPOSITORY.fullmatch(str(name)):
+        return Path(name)
+    files = [_HEADS, _CONFIG, _CALIBRATION, _CARD]
+    try:
+        return Path(snapshot_download(str(name), revision=revision, token=token, allow_patterns=files))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise StorageError(
+            f"folder {name} does not exist, and the Hub did not give it ({_reason(error)})"
+        ) from error
+
+
 def load_exits(folder: str | os.PathLike[str]) -> SavedExits:
     """Read a folder of heads.
 
@@ -260,12 +306,20 @@ def _is_ours(folder: Path) -> bool:
     return config.get("library_name") == "offramp"
 
 
+def _reason(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def _card(config: dict[str, Any], calibration: Calibration | None) -> str:
     base = config["base_model"] or "a local model"
+    # The Hub links a card to its base model by name; a path of somebody's disk is no name.
+    named = _REPOSITORY.fullmatch(base) and not Path(base).exists()
     table = f"```\n{calibration}\n```" if calibration is not None else "Not calibrated yet."
     exits = ", ".join(str(layer) for layer in config["layers"])
     return f"""---
 library_name: offramp
+pipeline_tag: text-generation
+{f"base_model: {base}" if named else "# base_model: its name on the Hub"}
 tags:
 - early-exit
 ---
@@ -273,12 +327,13 @@ tags:
 # Early exits for {base}
 
 Heads of kind `{config["head"]["kind"]}` after layers {exits} of {config["num_layers"]}, trained on the model's own \
-predictions.
+predictions. The base model is not in here and is not changed.
 
 ```python
 import offramp
 
-ee = offramp.EarlyExitModel.from_pretrained("this folder")
+ee = offramp.EarlyExitModel.from_pretrained("this folder or repository")
+out = ee.generate(**inputs, max_new_tokens=64)
 ```
 
 ## Calibration

@@ -51,10 +51,9 @@ class Trunk:
         self.norm: nn.Module = parts.norm
         self.output = cast(nn.Linear, model.get_output_embeddings())
         self.logit_factor, self.logit_cap = _logit_transform(self.config)
-        self._decoder = parts.decoder
         self._shadow = Shadow(parts.decoder, parts.layers_name)
         self._plain_embedding = False
-        self._lean = lean.describe(self.layers, self.config)
+        self._lean = lean.describe(self.layers, parts.decoder, self.config)
 
     @property
     def num_layers(self) -> int:
@@ -126,7 +125,7 @@ class Trunk:
             (B, q, H): the output of layer ``last - 1``.
         """
         if self._lean is not None and cache.length(first):
-            own = self._lean[first:last]
+            own = self._lean.layers[first:last]
             return self.run_lean(
                 own, hidden, first, cache=cache, positions=positions, attention_mask=attention_mask
             )
@@ -157,8 +156,8 @@ class Trunk:
         return self._shadow.calls(hidden, positions, attention_mask, seen)
 
     def lean_form(self, layers: Sequence[nn.Module]) -> list[lean.LeanLayer] | None:
-        """Describe layers of the model's class for `run_lean`; ``None`` where the model's own are not lean."""
-        return None if self._lean is None else lean.describe(layers, self.config)
+        """Describe layers in the place of the model's last ones for `run_lean`; ``None`` where its own are not lean."""
+        return None if self._lean is None else self._lean.form(layers)
 
     def run_lean(
         self,
@@ -171,20 +170,16 @@ class Trunk:
         attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Run lean layers, the first of which stands for layer ``first``, as `run` does the model's own."""
-        queries = hidden.shape[1]
-        groups = self.config.num_attention_heads // self.config.num_key_value_heads
-        mask = lean.attention_mask(
-            cache.length(first) + queries, queries, groups, attention_mask, hidden.device
-        )
-        cosines, sines = self._decoder.rotary_emb(hidden, position_ids=positions)
-        rotary = cosines.unsqueeze(1), sines.unsqueeze(1)
-        for layer, held in zip(layers, cache.growing[first:], strict=False):
-            hidden = layer.run(hidden, rotary, mask, held)
-        return hidden
+        assert self._lean is not None
+        return self._lean.run(layers, hidden, first, cache, positions, attention_mask)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Full-model logits (..., V) of the last layer's output (..., H)."""
-        return self.cap(self.output(self.norm(hidden)) * self.logit_factor)
+        hidden = self.norm(hidden)
+        # A plain matrix by the fastest product; what a quantised or sharded one is, only its module knows.
+        plain = self._lean is not None and type(self.output) is nn.Linear and hidden.ndim == 3
+        logits = lean.linear(hidden, self.output.weight, self.output.bias) if plain else self.output(hidden)
+        return self.cap(logits if self.logit_factor == 1 else logits * self.logit_factor)
 
     def cap(self, logits: torch.Tensor) -> torch.Tensor:
         """Cap logits softly where the model does: ``cap * tanh(logits / cap)``."""
