@@ -1,6 +1,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from types import SimpleNamespace
 from xml.etree import ElementTree
@@ -9,7 +10,10 @@ import numpy as np
 import pytest
 from offramp.evaluation.decoded import Decoded, Passage, Token, split_text
 from offramp.evaluation.demo import DemoConfig, DemoResult
+from offramp.evaluation.findings import Findings
+from offramp.evaluation.forced import Point
 from offramp.evaluation.report import render_report
+from offramp.evaluation.shares import Shares
 from offramp.evaluation.speed import OFF, PLAIN, Speed, exits_at
 from offramp.llm.calibrating import calibrate_scores
 from offramp.llm.scoring import Scores
@@ -24,6 +28,8 @@ def passage(prompt, layers, random):
             layer,
             None if layer == 30 else 0.5 + 0.4 * random.random(),
             random.random() < 0.9,
+            tuple((head, f" said{head}", random.random()) for head in LAYERS),
+            f" word{i}",
         )
         for i, layer in enumerate(layers)
     )
@@ -43,8 +49,7 @@ def decoded(eps, random, prompts=6, tokens=48):
     )
 
 
-@pytest.fixture(scope="module")
-def result():
+def make_result():
     random = np.random.default_rng(0)
     margins = random.random((3, 2000), dtype=np.float32)
     correct = random.random((3, 2000)) < 0.4 + 0.55 * margins
@@ -74,9 +79,39 @@ def result():
     )
 
 
+def make_findings():
+    """Everything a report can hold."""
+    result = make_result()
+    random = np.random.default_rng(1)
+    groups = np.repeat(np.arange(5), 20)
+    points = []
+    for eps in (0.5, 0.95):
+        depths = random.choice([*LAYERS, 30], size=100)
+        shares = Shares.of(groups, random.random(100) < eps, depths, 30)
+        exits = {layer: int((depths == layer).sum()) for layer in (*LAYERS, 30)}
+        points.append(Point(eps, (0.1, 0.2, math.inf), exits, (0.9, 0.9, math.nan), shares, 0.0123))
+    areas = {
+        "aurc": 0.1234,
+        "aurc_low": 0.1,
+        "aurc_high": 0.2,
+        "e_aurc": 0.05,
+        "augrc": 0.06,
+        "ece": math.nan,
+    }
+    rows = [{"heads": "a-rather-long-name-of-heads", "layer": 18, "confidence": "margin", **areas}]
+    svg = '<svg xmlns="http://www.w3.org/2000/svg" width="900" height="600"><rect width="900" height="600"/></svg>'
+    gallery = {"Fig. 1: <something> & more.": svg, "Fig. 2: else.": svg}
+    return replace(result.findings(), forced=points, confidence=rows, gallery=gallery)
+
+
 @pytest.fixture(scope="module")
-def page(result):
-    return render_report(result)
+def result():
+    return make_result()
+
+
+@pytest.fixture(scope="module")
+def page():
+    return render_report(make_findings())
 
 
 class Reader(HTMLParser):
@@ -114,7 +149,10 @@ def read(page):
 
 def test_the_page_loads_nothing(page, read):
     for tag, attributes in read.tags:
-        assert tag not in ("img", "link", "iframe", "object", "base"), tag
+        assert tag not in ("link", "iframe", "object", "base"), tag
+        if tag == "img":
+            assert attributes.pop("src").startswith("data:image/svg+xml;base64,")
+            assert attributes["alt"]
         for name in ("src", "srcset", "xlink:href", "href"):
             assert (attributes.get(name) or "#").startswith("#"), (tag, attributes)
     assert "@import" not in page
@@ -136,6 +174,8 @@ def test_every_token_is_there_with_its_exit(result, read):
             assert f"margin {token.margin:.3f}" in attributes["data-about"]
         else:
             assert "whole model" in attributes["data-about"]
+        for layer, choice, margin in token.heads:
+            assert f"after {layer}: “{choice}” {margin:.3f}" in attributes["data-about"]
 
 
 def test_text_of_the_model_is_escaped(page, read):
@@ -153,6 +193,13 @@ def test_numbers_of_the_tables_are_the_results(result, read):
         assert (f"{threshold:.6f}" if math.isfinite(threshold) else "never exits") in text
         assert f"{coverage:.1%}" in text
     assert f"{result.speed.ratio(exits_at(0.9), OFF):.2f}" in text
+
+
+def test_a_report_without_text_or_timing_leaves_them_out(result):
+    page = render_report(Findings("m", result.calibration))
+    assert 'class="passage"' not in page
+    assert "Thresholds" in page
+    assert len(re.findall("<svg", page)) == 1
 
 
 def test_pictures_are_well_formed_and_take_the_pages_colours(page):

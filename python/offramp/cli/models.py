@@ -205,7 +205,9 @@ def generate(
     "--timed", type=click.IntRange(0), default=5, show_default=True, help="How many of them to time."
 )
 @click.option("-n", "--max-new-tokens", type=COUNT, default=48, show_default=True)
-@click.option("-o", "--output", type=FOLDER, help="Folder for every number as CSV and JSON.")
+@click.option(
+    "-o", "--output", type=FOLDER, help="Folder for the report, and for every number as CSV and JSON."
+)
 @click.option("--model", help="The base model, if the folder's own name for it does not lead to it.")
 @prompts_option
 @where_options

@@ -18,7 +18,7 @@ from offramp.evaluation.decoded import model_inputs, split_text
 from offramp.evaluation.tables import write_csv
 from offramp.llm.calibrating import check_eps
 from offramp.llm.decoding import EarlyExitOutput
-from offramp.llm.files import write_json
+from offramp.llm.files import write_json, write_text
 from offramp.llm.heads import HeadConfig
 from offramp.llm.loading import load_model
 from offramp.llm.model import EarlyExitModel
@@ -205,6 +205,9 @@ def evaluate(
 ) -> None:
     """Read, decode and time prompts with head sets, and show and store what was found."""
     texts = (read_prompts(prompts) or shipped_prompts("held_out"))[:count]
+    if output is not None:
+        # Loads matplotlib and jinja2; where one is missing, it is said before the work and not after it.
+        from offramp.evaluation.report import render_report  # noqa: PLC0415
     with session.progress() as progress:
         found = evaluation.evaluate(
             exits,
@@ -228,8 +231,21 @@ def evaluate(
         for name, rows in tables.items():
             write_csv(output / f"{name}.csv", rows)
         write_json(output / "evaluation.json", plain(result))
-        session.show(f"Every number: {output}")
+        facts = {
+            "decoding": f"greedy, {len(texts)} prompts, at most {max_new_tokens} tokens each",
+            **{f"heads in {name}": describe_training(ee) for name, ee in exits.items()},
+        }
+        write_text(output / "report.html", render_report(found.findings(facts)))
+        session.show(f"The report, and every number as CSV and JSON: {output}")
     session.result(result)
+
+
+def describe_training(ee: EarlyExitModel) -> str:
+    """Say in a line what heads are and what they were trained on."""
+    known = ee.training
+    listed = f" over a shortlist of {ee.head.shortlist:,} tokens" if ee.head.shortlist else ""
+    trained = f", trained {known['epochs']} times on {known['tokens']:,} tokens" if "epochs" in known else ""
+    return f"{ee.head.kind}{listed}{trained}"
 
 
 def check_eps_list(eps: tuple[float, ...]) -> None:

@@ -22,7 +22,7 @@ def demo(session: Session, folder: Path, *, tokens: int, dtype: str | None, devi
     with session.progress() as progress:
         result = run_demo(model, tokenizer, folder, config, say=session.say, progress=progress)
     report = folder / "report.html"
-    write_text(report, render_report(result))
+    write_text(report, render_report(result.findings()))
     _show(session, result)
     session.show(f"\nThe report with pictures and all texts: {report}")
     session.result({**result.to_dict(), "report": str(report)})

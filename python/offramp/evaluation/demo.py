@@ -14,6 +14,7 @@ from offramp import machine
 from offramp.errors import ModelError, StorageError
 from offramp.evaluation.decoded import Decoded, decode_prompts
 from offramp.evaluation.evaluate import name_of
+from offramp.evaluation.findings import Findings
 from offramp.evaluation.speed import Speed, measure_speed
 from offramp.llm.calibrating import Calibration
 from offramp.llm.files import read_json, sha256_of, write_json
@@ -102,6 +103,26 @@ class DemoResult:
         """The held-out text at the demo's own ε."""
         return next(item for item in self.decoded if item.eps == self.config.eps)
 
+    def findings(self) -> Findings:
+        """Give what the report is made of."""
+        config = self.config
+        listed = f" over a shortlist of {config.shortlist:,} tokens" if config.shortlist else ""
+        facts = {
+            "decoding": f"greedy, at most {config.max_new_tokens} tokens a prompt",
+            "heads": f"{config.head_kind}{listed}, trained {config.epochs} times on "
+            f"{config.training_tokens:,} tokens, seed {config.seed}" + " (in an earlier run)" * self.reused,
+            "time": ", ".join(f"{name} {seconds:.0f} s" for name, seconds in self.seconds.items()),
+        }
+        return Findings(
+            self.model,
+            self.calibration,
+            self.decoded,
+            self.shown,
+            self.speed,
+            facts=facts,
+            machine=self.machine,
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, text and curves left out."""
         calibration = self.calibration.to_dict()
@@ -162,7 +183,7 @@ def run_demo(
     )
     clock.lap("timing")
     assert ee.calibration is not None
-    return DemoResult(name_of(ee), ee.calibration, decoded, speed, reused, clock.laps, config)
+    return DemoResult(name_of(ee.model), ee.calibration, decoded, speed, reused, clock.laps, config)
 
 
 def _train(

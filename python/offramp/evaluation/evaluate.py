@@ -15,10 +15,11 @@ from offramp import machine
 from offramp.decision import decide
 from offramp.errors import InputError
 from offramp.evaluation.decoded import Decoded, decode_prompts, model_inputs
+from offramp.evaluation.findings import Findings
 from offramp.evaluation.forced import CONFIDENCES, Point, Reading, read, sweep
 from offramp.evaluation.metrics import BINS
 from offramp.evaluation.shares import NAMES
-from offramp.evaluation.speed import PLAIN, Speed, measure_speed
+from offramp.evaluation.speed import OFF, PLAIN, Speed, measure_speed
 from offramp.llm.calibrating import Calibration, check_eps
 from offramp.llm.loading import DEMO_MODEL
 from offramp.llm.model import EarlyExitModel
@@ -67,11 +68,27 @@ class Evaluation:
         tables: dict[str, Rows] = {"forced": [], "confidence": [], "reliability": []}
         for name, reading in self.readings.items():
             tables["forced"] += [_forced_row(name, point) for point in self.forced[name]]
-            tables["confidence"] += _confidence_rows(name, reading)
+            tables["confidence"] += confidence_rows(name, reading)
             tables["reliability"] += _reliability_rows(name, reading)
-        tables["decoded"] = [_decoded_row(item) for item in self.decoded]
-        tables["speed"] = _speed_rows(self.speed) if self.speed is not None else []
+        tables["decoded"] = [decoded_row(item) for item in self.decoded]
+        tables["speed"] = speed_rows(self.speed) if self.speed is not None else []
         return tables
+
+    def findings(self, facts: Mapping[str, str] | None = None) -> Findings:
+        """Give what a report is made of, with the text of the ε nearest to the first head set's own."""
+        name, calibration = next(iter(self.calibrations.items()))
+        shown = min(self.decoded, key=lambda item: abs(item.eps - calibration.eps), default=None)
+        return Findings(
+            self.model,
+            calibration,
+            self.decoded,
+            shown,
+            self.speed,
+            self.forced[name],
+            self.tables()["confidence"],
+            facts=facts or {},
+            machine=self.machine,
+        )
 
 
 def evaluate(
@@ -139,7 +156,7 @@ def evaluate(
         speed = measure_speed(
             first, prompts[:timed], eps=eps, max_new_tokens=max_new_tokens, progress=progress
         )
-    return Evaluation(name_of(first), calibrations, readings, forced, tuple(decoded), speed)
+    return Evaluation(name_of(first.model), calibrations, readings, forced, tuple(decoded), speed)
 
 
 def calibration_of(name: str, ee: EarlyExitModel) -> Calibration:
@@ -155,9 +172,9 @@ def calibration_of(name: str, ee: EarlyExitModel) -> Calibration:
     return ee.calibration
 
 
-def name_of(ee: EarlyExitModel) -> str:
-    """Name the base model as a reader knows it."""
-    name = str(ee.model.config.name_or_path or "model")
+def name_of(model: Any) -> str:
+    """Name a base model as a reader knows it."""
+    name = str(model.config.name_or_path or "model")
     return DEMO_MODEL if name == "demo" else Path(name).name
 
 
@@ -174,7 +191,8 @@ def _forced_row(name: str, point: Point) -> dict[str, Any]:
     return row
 
 
-def _confidence_rows(name: str, reading: Reading) -> Rows:
+def confidence_rows(name: str, reading: Reading) -> Rows:
+    """Areas under the risk-coverage curve of every head and confidence, and the calibration error."""
     eces = [item.ece for item in reading.reliability()]
     rows = []
     for confidence in CONFIDENCES:
@@ -214,7 +232,8 @@ def _reliability_rows(name: str, reading: Reading) -> Rows:
     ]
 
 
-def _decoded_row(item: Decoded) -> dict[str, Any]:
+def decoded_row(item: Decoded) -> dict[str, Any]:
+    """Shares and exits of decoded text, with intervals."""
     row: dict[str, Any] = {"eps": item.eps, "tokens": item.tokens, "prompts": len(item.passages)}
     for share in NAMES:
         row[share] = getattr(item, share)
@@ -224,20 +243,13 @@ def _decoded_row(item: Decoded) -> dict[str, Any]:
     return row
 
 
-def _speed_rows(speed: Speed) -> Rows:
+def speed_rows(speed: Speed) -> Rows:
+    """Tokens a second of every contender, and its ratios to plain transformers and to exits off, with intervals."""
     rows = []
     for name, values in speed.tokens_per_second.items():
-        low, high = speed.ratio_interval(name)
-        rows.append(
-            {
-                "contender": name,
-                "tokens_per_second": speed.median(name),
-                "ratio": speed.ratio(name),
-                "ratio_low": low,
-                "ratio_high": high,
-                "to": PLAIN,
-                "prompts": len(values),
-                "same_tokens": speed.same_tokens,
-            }
-        )
+        row: dict[str, Any] = {"contender": name, "tokens_per_second": speed.median(name)}
+        for column, other in (("ratio", PLAIN), ("ratio_off", OFF)):
+            row[column] = speed.ratio(name, other)
+            row[f"{column}_low"], row[f"{column}_high"] = speed.ratio_interval(name, other)
+        rows.append({**row, "prompts": len(values), "same_tokens": speed.same_tokens})
     return rows

@@ -1,4 +1,4 @@
-"""The demo's pictures, as SVG that takes text colour and fonts from the page it is put in.
+"""The report's pictures, as SVG that takes text colour and fonts from the page it is put in.
 
 Needs matplotlib (``offramp[plot]``).
 """
@@ -19,7 +19,7 @@ from matplotlib.ticker import PercentFormatter
 from offramp.evaluation.speed import PLAIN
 
 if TYPE_CHECKING:
-    from offramp.evaluation.demo import DemoResult
+    from offramp.evaluation.findings import Findings
 
 # Matplotlib draws in these; afterwards each becomes a colour of the page, which knows light from dark.
 _TEXT = "#010203"
@@ -43,18 +43,18 @@ _STYLE: Any = {
 }
 
 
-def draw_all(result: DemoResult) -> dict[str, str]:
-    """Draw every picture of the report: SVG elements by name."""
-    pictures: dict[str, Callable[..., None]] = {
-        "agreement": _agreement,
-        "exits": _exits,
-        "speed": _speed,
-        "curves": _curves,
-    }
+def draw_all(result: Findings) -> dict[str, str]:
+    """Draw every picture the findings have the numbers for: SVG elements by name."""
+    pictures: dict[str, Callable[..., None]] = {}
+    if result.decoded:
+        pictures |= {"agreement": _agreement, "exits": _exits}
+    if result.speed is not None:
+        pictures["speed"] = _speed
+    pictures["curves"] = _curves
     return {name: _svg(name, partial(draw, result=result)) for name, draw in pictures.items()}
 
 
-def _agreement(ax: Any, result: DemoResult) -> None:
+def _agreement(ax: Any, result: Findings) -> None:
     targets = [item.eps for item in result.decoded]
     low = min(targets) - 0.05
     ax.plot([low, 1], [low, 1], color=_TEXT, alpha=0.4, linewidth=1, linestyle="--", label="what ε asks for")
@@ -85,13 +85,14 @@ def _agreement(ax: Any, result: DemoResult) -> None:
     ax.legend(loc="lower right", fontsize=10.5)
 
 
-def _exits(ax: Any, result: DemoResult) -> None:
+def _exits(ax: Any, result: Findings) -> None:
     colours = [*map(_mark, range(len(result.calibration.layers))), _WHOLE]
     names = [f"ε = {item.eps:g}" for item in result.decoded]
     left = [0.0] * len(names)
-    for layer, colour in zip(result.shown.layers, colours, strict=True):
+    layers = result.decoded[0].layers
+    for layer, colour in zip(layers, colours, strict=True):
         shares = [item.exits[layer] / item.tokens for item in result.decoded]
-        whole = layer == result.shown.layers[-1]
+        whole = layer == layers[-1]
         ax.barh(
             names, shares, left=left, color=colour, label="whole model" if whole else f"after layer {layer}"
         )
@@ -102,7 +103,8 @@ def _exits(ax: Any, result: DemoResult) -> None:
     ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, fontsize=10.5)
 
 
-def _speed(ax: Any, result: DemoResult) -> None:
+def _speed(ax: Any, result: Findings) -> None:
+    assert result.speed is not None
     names = list(result.speed.tokens_per_second)
     values = [result.speed.median(name) for name in names]
     colours = [_WHOLE if name == PLAIN else _mark(1) for name in names]
@@ -113,7 +115,7 @@ def _speed(ax: Any, result: DemoResult) -> None:
     ax.set(xlabel="tokens a second, batch 1, median", xlim=(0, 1.15 * max(values)))
 
 
-def _curves(ax: Any, result: DemoResult) -> None:
+def _curves(ax: Any, result: Findings) -> None:
     calibration = result.calibration
     heads = zip(
         calibration.layers, calibration.curves, calibration.coverage, calibration.accuracy, strict=True

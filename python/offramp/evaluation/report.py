@@ -1,58 +1,53 @@
-"""The demo's report: one HTML page that needs nothing beside itself.
+"""The report: one HTML page that needs nothing beside itself.
 
 Needs jinja2 (``offramp[cli]``) and matplotlib (``offramp[plot]``).
 """
 
 from __future__ import annotations
 
+import base64
 import math
-from typing import TYPE_CHECKING
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from offramp.evaluation.decoded import Token
 from offramp.evaluation.figures import draw_all
+from offramp.evaluation.findings import Findings
 from offramp.evaluation.palette import backgrounds, marks
 from offramp.evaluation.speed import OFF, PLAIN, exits_at
 
-if TYPE_CHECKING:
-    from offramp.evaluation.demo import DemoResult
 
-
-def render_report(result: DemoResult) -> str:
-    """Lay a demo's result out as one HTML page with its pictures, styles and script inside.
-
-    Parameters
-    ----------
-    result : DemoResult
-        What `offramp.evaluation.demo.run_demo` found.
+def render_report(found: Findings) -> str:
+    """Lay findings out as one HTML page with its pictures, styles and script inside.
 
     Returns
     -------
     str
         The page; it loads nothing from anywhere.
     """
-    calibration = result.calibration
+    calibration = found.calibration
     layers = list(calibration.layers)
+    thresholds = dict(zip(layers, found.shown.thresholds if found.shown else (), strict=False))
     environment = Environment(
         loader=PackageLoader("offramp.evaluation", "."), autoescape=True, undefined=StrictUndefined
     )
     environment.filters |= {
         "percent": lambda value: f"{value:.1%}" if math.isfinite(value) else "–",
+        "between": lambda bounds: f"{bounds[0]:.1%}–{bounds[1]:.1%}" if math.isfinite(bounds[0]) else "–",
+        "number": lambda value: f"{value:.4f}" if math.isfinite(value) else "–",
         "threshold": lambda value: f"{value:.6f}" if math.isfinite(value) else "never exits",
         "classes": lambda token: _classes(token, layers),
-        "about": lambda token: _about(token, dict(zip(layers, result.shown.thresholds, strict=True))),
+        "about": lambda token: _about(token, thresholds),
+        "data": lambda svg: "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode(),
     }
     return environment.get_template("report.html.j2").render(
-        result=result,
-        shown=result.shown,
+        found=found,
         layers=layers,
         whole=calibration.num_layers,
         heads=list(
             zip(layers, calibration.thresholds, calibration.coverage, calibration.accuracy, strict=True)
         ),
-        speed_prompts=len(result.speed.tokens_per_second[PLAIN]),
-        figures=draw_all(result),
+        figures=draw_all(found),
         colours={
             dark: (backgrounds(len(layers), dark=dark), marks(len(layers), dark=dark))
             for dark in (False, True)
@@ -69,10 +64,18 @@ def _classes(token: Token, layers: list[int]) -> str:
 
 
 def _about(token: Token, thresholds: dict[int, float]) -> str:
-    text = token.text.replace("\n", "↵") or "(part of a character)"
+    """Say who emitted a token, and what every head and the whole model would have said there."""
     where = "whole model"
     if token.layer in thresholds and token.margin is not None:
         where = f"left after layer {token.layer}, margin {token.margin:.3f} ≥ {thresholds[token.layer]:.3f}"
-    return f"“{text}” · {where}" + (
-        "" if token.agrees else " · the full model would have written another token"
-    )
+    lines = [f"{_quoted(token.text)} · {where}"]
+    if not token.agrees:
+        lines.append(f"the full model would have written {_quoted(token.model_choice) or 'another token'}")
+    said = [f"after {layer}: {_quoted(choice)} {margin:.3f}" for layer, choice, margin in token.heads]
+    if said:
+        lines.append(" · ".join([*said, f"whole model: {_quoted(token.model_choice)}"]))
+    return "\n".join(lines)
+
+
+def _quoted(text: str) -> str:
+    return f"“{text.replace(chr(10), '↵')}”" if text else "(part of a character)"

@@ -120,6 +120,11 @@ class EarlyExitModel:
         return self._trunk
 
     @property
+    def training(self) -> dict[str, Any]:
+        """How the heads were trained, in plain values; empty where that is not known."""
+        return dict(self._trained)
+
+    @property
     def heads_in_use(self) -> ExitHeads:
         """The heads in the model's dtype, as `generate` and `score` use them; refused where none are trained."""
         return self._trained_heads()
