@@ -112,6 +112,11 @@ def refuse(*arguments):
 def test_training_reports_every_head(workplace):
     folder, trained, _ = workplace
     assert [item["layer"] for item in trained["metrics"]] == list(LAYERS)
+    for item in trained["metrics"]:
+        assert len(item["coverage"]) == len(item["eps"]) == 3
+        assert 0 < item["seconds"] < 1
+        assert item["bytes"] == 4 * item["parameters"] > 0
+    assert (folder / "exits-cache" / "training.png").stat().st_size > 1000
     assert trained["folder"] == str(folder / "exits")
     assert (folder / "exits-cache").is_dir()
 

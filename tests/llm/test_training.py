@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+import resumable
 import torch
 from offramp import EarlyExitModel, HeadConfig, InputError
 from offramp.llm.data import CorpusPlan, prepare_corpus
 from offramp.llm.heads import choose_shortlist, fit_linear, make_head
 from offramp.llm.sequences import as_sequences
-from offramp.llm.training import Teacher, Trainer, TrainingConfig, _schedule, best_of, build_heads, exit_loss
+from offramp.llm.training import (
+    HeadMetrics,
+    Teacher,
+    Trainer,
+    TrainingConfig,
+    _schedule,
+    best_of,
+    build_heads,
+    exit_loss,
+)
 from offramp.llm.trunk import Trunk
 from tiny import make_model
 
@@ -183,6 +202,8 @@ def test_a_finished_training_is_not_done_again_but_another_one_is(model, texts, 
         ({"batch_size": 0}, "batch_size is 0"),
         ({"learning_rate": 0.0}, "learning_rate is 0"),
         ({"entropy_weight": 1.0}, "entropy_weight is 1"),
+        ({"precision": "int8"}, "precision is 'int8'"),
+        ({"patience": 0}, "patience is 0"),
         ({"prompts": []}, "prompts need a tokenizer"),
         ({"sequences": []}, "sequences is empty"),
         ({"sequences": [[3]]}, r"sequences\[0\] has 1 tokens"),
@@ -283,3 +304,167 @@ def test_a_linear_head_starts_as_the_models_own_output():
     listed = make_head(trunk, HeadConfig("linear", shortlist=4), shortlist)
     torch.testing.assert_close(whole(hidden), trunk.logits(hidden))
     torch.testing.assert_close(listed(hidden), trunk.logits(hidden)[:, shortlist])
+
+
+def start(folder, **environment):
+    """Run `resumable` in a process of its own."""
+    paths = [str(Path(resumable.__file__).parent), *(path for path in sys.path if path)]
+    return subprocess.Popen(
+        [sys.executable, resumable.__file__, str(folder)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", **environment},
+    )
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_it_ends_as_if_it_had_not_been(tmp_path):
+    """SIGKILL while generating and while training: no shard is lost, and at most one checkpoint interval."""
+    whole = resumable.train(tmp_path / "whole")
+    chance = random.Random(time.time())
+    reached = {"generating": 0, "training": 0}
+    for stage, count in (("generating", 1), ("training", 5)):
+        process = start(tmp_path / "cut")
+        lines = chance.randrange(1, count + 1)
+        for line in process.stdout:
+            name, number = line.split()
+            reached[name] = int(number)
+            lines -= name == stage
+            if not lines:
+                break
+        time.sleep(chance.random() / 50)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+    kept = {path.name: path.read_bytes() for path in (tmp_path / "cut" / "corpus").glob("*.safetensors")}
+    steps, generated = [], []
+    seen = {"generating": generated, "training": steps, "reading": []}
+    again = resumable.train(tmp_path / "cut", lambda stage, at, _total: seen[stage].append(at))
+    assert not generated
+    # Saved after every step, before the next one is told of.
+    assert steps[0] >= reached["training"]
+    for name, content in kept.items():
+        for folder in ("cut", "whole"):
+            assert (tmp_path / folder / "corpus" / name).read_bytes() == content
+    assert again.history == whole.history
+    for mine, theirs in zip(again.heads.parameters(), whole.heads.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_does(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    both = [start(tmp_path / "two", RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in range(2)]
+    outputs = [process.communicate(timeout=300)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert "history" not in outputs[1]
+    found = json.loads(outputs[0].splitlines()[-1].removeprefix("history "))
+    one = resumable.train(tmp_path / "one")
+    assert len(found) == len(one.history) > 10
+    for mine, theirs in zip(found, one.history, strict=True):
+        assert mine["loss"] == pytest.approx(theirs.loss, rel=1e-4)
+        assert (mine["layer"], mine["step"], mine["tokens"]) == (theirs.layer, theirs.step, theirs.tokens)
+    # It says something only if the loss moved.
+    assert one.history[-1].loss < one.history[1].loss - 0.001
+
+
+@pytest.mark.parametrize("kind", ["mlp", "adapter"])
+def test_heads_taught_another_positions_answers_calibrate_to_nothing(model, texts, tmp_path, kind):
+    covered = []
+    for shuffled in (False, True):
+        trunk = Trunk(model)
+        sequences = as_sequences(texts, None, max_positions=160)
+        corpus = prepare_corpus(trunk, CorpusPlan((5,), 5000), tmp_path / "c", sequences=sequences)
+        for shard in corpus.shards if shuffled else ():
+            order = torch.randperm(shard.rows, generator=torch.Generator().manual_seed(0))
+            shard.text |= {name: shard.text[name][order] for name in ("final", "log_normalizer", "top")}
+        heads = build_heads(trunk, corpus, (5,), HeadConfig(kind, shortlist=60), 0)
+        if kind == "adapter" and shuffled:
+            # Its first map was fitted to the layer below the last, which is not shuffled: start from nothing.
+            torch.nn.init.zeros_(heads.after(5).linear.weight)
+        Trainer(trunk, heads, corpus, TrainingConfig(epochs=3, batch_size=64)).run()
+        ee = EarlyExitModel(model, layers=(5,), head=HeadConfig(kind, shortlist=60))
+        ee.heads = heads.requires_grad_(False)
+        covered.append(ee.calibrate(0.6, sequences=texts).coverage[0])
+    assert covered[0] > 0.5
+    assert covered[1] < 0.02
+
+
+def test_half_precision_follows_the_same_gradient(model, texts, tmp_path):
+    gradients = []
+    for precision in ("float32", "bfloat16"):
+        trainer = trainer_of(model, texts, tmp_path, head=HeadConfig("adapter", shortlist=50))
+        trainer.config = replace(trainer.config, precision=precision)
+        trainer.train_step(trainer.train[:20])
+        assert all(parameter.dtype == torch.float32 for parameter in trainer.parameters)
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in trainer.parameters]))
+    assert not torch.equal(*gradients)
+    assert float(torch.nn.functional.cosine_similarity(*gradients, dim=0)) > 0.99
+
+
+def test_every_head_keeps_its_best_and_training_ends_when_none_gains(model, texts, tmp_path, monkeypatch):
+    trainer = trainer_of(model, texts, tmp_path)
+    trainer.config = replace(trainer.config, patience=1)
+    trainer.steps = [trainer.steps[0]] * 10
+    trainer.total_steps = sum(trainer.steps)
+    said = iter([(0.1, 0.1), (0.2, 0.3), (0.4, 0.2), *[(0.1, 0.1)] * 50])
+    kept = []
+
+    def watch():
+        kept.append({name: p.detach().clone() for name, p in trainer.heads.named_parameters()})
+        pairs = zip((2, 4), next(said), strict=True)
+        return [
+            HeadMetrics(at, trainer.step, trainer.tokens, 1.0, share, 1.0, (0, 0, 0)) for at, share in pairs
+        ]
+
+    monkeypatch.setattr(trainer, "watch", watch)
+    history = trainer.run()
+    assert [(item.layer, item.accuracy) for item in best_of(history)] == [(2, 0.4), (4, 0.3)]
+    # The better of the two gained last at the second watch of the first epoch: it ends an epoch after that.
+    assert trainer.steps[0] < trainer.step <= 2 * trainer.steps[0]
+    for name, parameter in trainer.heads.named_parameters():
+        if parameter.requires_grad:
+            assert torch.equal(parameter, kept[2 if name.startswith("2.") else 1][name])
+
+
+def test_metrics_are_written_for_tensorboard(model, texts, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    trainer = trainer_of(model, texts, tmp_path)
+    history = trainer.run()
+    again = trainer_of(model, texts, tmp_path)
+    assert again.run() == history  # written anew, not twice
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    for layer in (2, 4):
+        mine = [item for item in history if item.layer == layer]
+        for name, values in (
+            ("loss", [item.loss for item in mine]),
+            ("accuracy", [item.accuracy for item in mine]),
+            ("entropy", [item.entropy for item in mine]),
+            ("coverage at 0.9", [item.coverage[1] for item in mine]),
+        ):
+            found = events.Scalars(f"{name}/after layer {layer}")
+            assert [item.step for item in found] == [item.tokens for item in mine]
+            assert [item.value for item in found] == pytest.approx(values, rel=1e-5)
+    stored = json.loads((tmp_path / "metrics.json").read_text())["metrics"]
+    assert [item["loss"] for item in stored] == [item.loss for item in history]
+
+
+def test_coverage_is_that_of_the_calibrated_thresholds(model, texts, tmp_path):
+    trainer = trainer_of(model, texts, tmp_path)
+    items = trainer.watch()
+    sequences = [trainer.corpus.sequence(int(number)) for number in trainer.watched]
+    ee = EarlyExitModel(model, layers=(2, 4), head=HeadConfig("mlp", shortlist=50))
+    ee.heads = trainer.heads.requires_grad_(False)
+    calibration = ee.calibrate(0.8, sequences=sequences)
+    scores = ee.score(sequences)
+    for index, item in enumerate(items):
+        # Stored states are rounded to 16 bits.
+        assert item.accuracy == pytest.approx(float(scores.correct[index].mean()), abs=0.03)
+        for eps, share in zip(item.eps, item.coverage, strict=True):
+            exact = float((scores.scores[index] >= calibration.at(eps)[index]).mean())
+            assert share == pytest.approx(exact, abs=0.06)

@@ -47,10 +47,16 @@ def demo(session: Session, *, folder: Path, tokens: int, dtype: str | None, devi
     help="Folder for the heads.",
 )
 @click.option(
-    "--head", type=click.Choice(["mlp", "linear"]), default="mlp", show_default=True, help="Kind of head."
+    "--head",
+    type=click.Choice(["mlp", "adapter", "linear"]),
+    default="mlp",
+    show_default=True,
+    help="Kind of head: a small transform, a decoder layer of the model's class, or the paper's output matrix.",
 )
 @click.option(
-    "--shortlist", type=click.IntRange(0), help="Tokens a head can emit; 0: all  [default for mlp: 8192]."
+    "--shortlist",
+    type=click.IntRange(0),
+    help="Tokens a head can emit; 0: all  [default: 8192; linear: all].",
 )
 @click.option(
     "--init",
@@ -59,8 +65,18 @@ def demo(session: Session, *, folder: Path, tokens: int, dtype: str | None, devi
     show_default=True,
     help="Start a linear head from the model's output rows, or from noise.",
 )
+@click.option("--depth", type=COUNT, default=1, show_default=True, help="Decoder layers of an adapter.")
 @click.option("--tokens", type=COUNT, default=50_000, show_default=True, help="Tokens to train on.")
 @click.option("--epochs", type=COUNT, default=2, show_default=True, help="Passes over them.")
+@click.option("--batch-size", type=COUNT, default=256, show_default=True, help="Tokens a step, at least.")
+@click.option("--learning-rate", type=float, default=1e-3, show_default=True, help="Its peak.")
+@click.option(
+    "--precision",
+    type=click.Choice(["auto", "float32", "bfloat16"]),
+    default="auto",
+    show_default=True,
+    help="Of matrix products in training; auto: bfloat16 on a GPU.",
+)
 @click.option(
     "--entropy-weight", type=float, default=0.0, show_default=True, help="The paper's λ, in [0, 1)."
 )
@@ -81,8 +97,12 @@ def train(
     head: str,
     shortlist: int | None,
     init: str,
+    depth: int,
     tokens: int,
     epochs: int,
+    batch_size: int,
+    learning_rate: float,
+    precision: str,
     entropy_weight: float,
     cache: Path | None,
     prompts: Path | None,
@@ -91,7 +111,9 @@ def train(
 ) -> None:
     """Train exit heads for a model.
 
-    They learn from text that MODEL writes itself.
+    They learn from text that MODEL writes itself.  The cache keeps it, the state of the training, and its
+    metrics: a run that was broken off goes on, and other layers or kinds of head need no new text.  Under
+    `accelerate launch` several processes train together.
 
     MODEL is "demo", a Hugging Face Hub id, a local folder, or a GGUF file.
     """
@@ -102,10 +124,15 @@ def train(
         model,
         output,
         layers=layers,
-        head=pipeline.head_config(head, shortlist, init),
+        head=pipeline.head_config(head, shortlist, init, depth),
         tokens=tokens,
-        epochs=epochs,
-        entropy_weight=entropy_weight,
+        settings={
+            "epochs": epochs,
+            "batch_size": batch_size,
+            "learning_rate": learning_rate,
+            "precision": precision,
+            "entropy_weight": entropy_weight,
+        },
         cache=cache or output.with_name(output.name + "-cache"),
         prompts=prompts,
         dtype=dtype,

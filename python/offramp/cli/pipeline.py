@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import transformers
 
 from offramp.cli import views
 from offramp.cli.session import Session, plain
+from offramp.decision import decide
 from offramp.errors import InputError
 from offramp.evaluation import evaluate as evaluation
 from offramp.evaluation.decoded import model_inputs, split_text
@@ -22,9 +25,11 @@ from offramp.llm.files import write_json, write_text
 from offramp.llm.heads import HeadConfig
 from offramp.llm.loading import load_model
 from offramp.llm.model import EarlyExitModel
+from offramp.llm.planning import measure_heads
+from offramp.llm.processes import Processes
 from offramp.llm.prompts import prompts as shipped_prompts
 from offramp.llm.storage import require_free
-from offramp.llm.training import best_of
+from offramp.llm.training import HeadMetrics, best_of
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -85,13 +90,14 @@ def open_head_sets(
     return dict(zip(names, [first, *others], strict=True))
 
 
-def head_config(kind: str, shortlist: int | None, init: str) -> HeadConfig:
+def head_config(kind: str, shortlist: int | None, init: str, depth: int) -> HeadConfig:
     """Read the options of a head; a shortlist of 0 is the whole vocabulary."""
     chosen = HeadConfig.of(kind)
     return HeadConfig(
         chosen.kind,
         shortlist=chosen.shortlist if shortlist is None else shortlist or None,
         init="scratch" if init == "scratch" else "copy",
+        depth=depth,
     )
 
 
@@ -103,8 +109,7 @@ def train(
     layers: tuple[int, ...],
     head: HeadConfig,
     tokens: int,
-    epochs: int,
-    entropy_weight: float,
+    settings: dict[str, Any],
     cache: Path,
     prompts: Path | None,
     dtype: str | None,
@@ -114,23 +119,43 @@ def train(
     # Said before an hour of training rather than after it; storing them checks again.
     require_free(output)
     starts = read_prompts(prompts)
+    processes = Processes()
     model, tokenizer = open_model(session, name, dtype=dtype, device=device)
     ee = EarlyExitModel(model, tokenizer, layers=layers, head=head)
+    size = ee.cache_bytes(tokens, prompts=starts)
+    session.say(f"The corpus takes {size / 1e9:.2f} GB of disk in {cache}")
     with session.progress() as progress:
         history = ee.train_heads(
             tokens=tokens,
             prompts=starts,
             cache=cache,
-            epochs=epochs,
-            entropy_weight=entropy_weight,
             seed=session.seed,
             progress=progress,
+            watch=lambda metrics: session.say(views.metrics_line(metrics)),
+            **settings,
         )
+    if not processes.first:
+        return
     ee.save_pretrained(output)
-    metrics = best_of(history)
-    session.show(views.metrics_table(metrics))
-    session.show(f"Heads stored in {output}; next: offramp calibrate {output}")
-    session.result({"folder": str(output), "metrics": [asdict(item) for item in metrics]})
+    seconds = [row[0] for row in measure_heads(ee.trunk, ee.heads_in_use, partial(decide, tau=0.5))]
+    rows = [
+        {**asdict(item), "eps": item.eps, "seconds": taken, **ee.heads_in_use.after(item.layer).cost()}
+        for item, taken in zip(best_of(history), seconds, strict=True)
+    ]
+    session.show(views.metrics_table(rows))
+    plot = _plot(history, cache)
+    session.show(f"Heads stored in {output}; metrics in {cache}{plot}; next: offramp calibrate {output}")
+    session.result({"folder": str(output), "metrics": rows})
+
+
+def _plot(history: list[HeadMetrics], cache: Path) -> str:
+    """Draw the training where matplotlib is there; returns what to say of it."""
+    if find_spec("matplotlib") is None:
+        return " (a plot of them needs `pip install offramp[plot]`)"
+    from offramp.evaluation.training import plot_training  # noqa: PLC0415  # an extra
+
+    plot_training(history, cache / "training.png")
+    return f", drawn in {cache / 'training.png'}"
 
 
 def calibrate(

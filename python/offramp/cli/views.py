@@ -142,12 +142,38 @@ def speed_table(speed: Speed) -> Table:
     return table
 
 
-def metrics_table(metrics: Sequence[HeadMetrics]) -> Table:
-    """Tabulate the training metrics of the heads."""
-    table = _table("Heads, on tokens held back from training", "after layer", "loss", "agreement", "entropy")
-    for item in metrics:
-        table.add_row(str(item.layer), f"{item.loss:.3f}", percent(item.accuracy), f"{item.entropy:.3f}")
+def metrics_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Tabulate what training made of the heads, and what each costs."""
+    table = _table(
+        "Heads, on prompts held back from training",
+        "after layer",
+        "loss",
+        "agreement",
+        "entropy",
+        *(f"exits at ε={eps:g}" for eps in rows[0]["eps"]),
+        "ms a token",
+        "MB a token",
+    )
+    for row in rows:
+        table.add_row(
+            str(row["layer"]),
+            f"{row['loss']:.3f}",
+            percent(row["accuracy"]),
+            f"{row['entropy']:.3f}",
+            *map(percent, row["coverage"]),
+            f"{1e3 * row['seconds']:.2f}",
+            f"{row['bytes'] / 1e6:.1f}",
+        )
     return table
+
+
+def metrics_line(metrics: Sequence[HeadMetrics]) -> str:
+    """Say in a line how training stands: for every head its agreement, loss and entropy."""
+    heads = "; ".join(
+        f"after {item.layer} agreement {percent(item.accuracy)}, loss {item.loss:.3f}, entropy {item.entropy:.2f}"
+        for item in metrics
+    )
+    return f"{metrics[0].tokens:,} tokens: {heads}"
 
 
 def percent(value: float) -> str:

@@ -25,12 +25,13 @@ from offramp.decision import decide
 from offramp.errors import InputError
 from offramp.llm.arguments import check_config, check_ids, check_request
 from offramp.llm.calibrating import Calibration, calibrate_scores, check_eps
-from offramp.llm.data import CorpusPlan, prepare_corpus
+from offramp.llm.data import CorpusPlan, corpus_bytes, prepare_corpus
 from offramp.llm.decoding import EarlyExitOutput, Exit, GenerationStats, Rollout, decode
 from offramp.llm.generating import continue_prompts
 from offramp.llm.heads import ExitHeads, HeadConfig
 from offramp.llm.loading import load_model
 from offramp.llm.planning import Plan, make_plan, measure_costs
+from offramp.llm.processes import Processes
 from offramp.llm.prompts import prompts as shipped_prompts
 from offramp.llm.scoring import Scores, agreement, score_sequences
 from offramp.llm.sequences import TokenSequence, as_sequences, check_length, encode_prompts, hash_of
@@ -158,8 +159,9 @@ class EarlyExitModel:
         sequences
             The user's own text instead: texts, lists of token ids, or a (B, T) tensor.
         cache
-            Folder for the corpus and the state of the training, so that an interrupted run goes on and a finished
-            one is not done again.  ``None``: a temporary folder.
+            Folder for the corpus, the state of the training, and its metrics (``metrics.json``, and events for
+            TensorBoard where it is installed).  An interrupted run goes on, a finished one is not done again, and
+            other layers, kinds of head or λ use the text that is there.  ``None``: a temporary folder.
         epochs, batch_size, learning_rate, entropy_weight, precision, patience, seed
             See `offramp.llm.training.TrainingConfig`; ``entropy_weight`` is the paper's λ.
         max_new_tokens
@@ -181,11 +183,17 @@ class EarlyExitModel:
         StorageError
             If ``cache`` is damaged or belongs to something else.
         """
+        processes = Processes()
+        if processes.count > 1 and cache is None:
+            raise InputError("cache: processes that train together share the corpus in it; give a folder")
         config = TrainingConfig(epochs, batch_size, learning_rate, entropy_weight, seed, precision, patience)
         plan = CorpusPlan(self.layers, tokens, max_new_tokens, seed)
         own, starts = self._text(prompts, sequences, "training")
         with tempfile.TemporaryDirectory(prefix="offramp-") as scratch:
             folder = Path(cache if cache is not None else scratch)
+            # The first process makes what is missing; the others then find it.
+            if not processes.first:
+                processes.wait()
             corpus = prepare_corpus(
                 self._trunk,
                 plan,
@@ -196,6 +204,8 @@ class EarlyExitModel:
                 progress=progress,
             )
             heads = build_heads(self._trunk, corpus, self.layers, self.head, seed)
+            if processes.first:
+                processes.wait()
             identity = {
                 "head": self.head.to_dict(),
                 "corpus": (folder / "corpus" / "corpus.json").read_text("utf-8"),
@@ -207,6 +217,7 @@ class EarlyExitModel:
                 config,
                 checkpoint=folder / "training.safetensors" if cache is not None else None,
                 identity=identity,
+                processes=processes,
             )
             history = trainer.run(progress, watch)
             rows = corpus.rows
@@ -220,6 +231,19 @@ class EarlyExitModel:
             "metrics": [asdict(item) for item in best_of(history)],
         }
         return history
+
+    def cache_bytes(
+        self,
+        tokens: int = 50_000,
+        *,
+        prompts: Iterable[str] | None = None,
+        sequences: Any = None,
+        max_new_tokens: int = 96,
+    ) -> int:
+        """Bytes, nearly, that the corpus of `train_heads` with the same arguments takes in its cache."""
+        own, starts = self._text(prompts, sequences, "training")
+        plan = CorpusPlan(self.layers, tokens, max_new_tokens)
+        return corpus_bytes(self._trunk, plan, prompts=starts, sequences=own)
 
     def score(self, sequences: Any, *, progress: Progress | None = None) -> Scores:
         """Confidence and correctness of every head on given sequences, by one teacher-forced pass.

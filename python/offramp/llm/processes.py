@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from datetime import timedelta
 
 import torch
 
@@ -19,7 +20,8 @@ class Processes:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             from accelerate import PartialState  # noqa: PLC0415  # slow to import, and seldom needed
 
-            state = PartialState(cpu=not torch.cuda.is_available())
+            # The others wait for the first while it generates, which may take hours.
+            state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=7))
             self.count, self.rank = state.num_processes, state.process_index
 
     @property

@@ -27,6 +27,7 @@ from offramp.errors import InputError, StorageError
 from offramp.llm.data import Batch, Corpus, batches
 from offramp.llm.files import written_whole
 from offramp.llm.heads import ExitHead, ExitHeads, HeadConfig, choose_shortlist, make_head, output_rows
+from offramp.llm.metrics import MetricsLog
 from offramp.llm.processes import Processes
 from offramp.llm.states import Progress
 from offramp.llm.trunk import Trunk
@@ -121,6 +122,11 @@ class HeadMetrics:
     accuracy: float
     entropy: float
     coverage: tuple[float, ...]
+
+    @property
+    def eps(self) -> tuple[float, ...]:
+        """The ε of each coverage."""
+        return COVERAGE_EPS
 
 
 Watch = Callable[[list[HeadMetrics]], None]
@@ -255,7 +261,7 @@ class Trainer:
     Parameters
     ----------
     checkpoint
-        File to keep the state in; ``None`` keeps none.
+        File to keep the state in, beside which the metrics go; ``None`` keeps none.
     identity
         What the state belongs to: model, corpus, heads.  A checkpoint of something else is ignored.
     checkpoint_seconds
@@ -295,6 +301,7 @@ class Trainer:
         self.step = self.tokens = 0
         self.history: list[HeadMetrics] = []
         self.best = Best(heads)
+        self._log: MetricsLog | None = None
         self.checkpoint = checkpoint
         self.checkpoint_seconds = checkpoint_seconds
         self.identity = _digest({"config": asdict(config), "rows": corpus.rows, **(identity or {})})
@@ -308,6 +315,8 @@ class Trainer:
             Of every head, shallow to deep, each time they were watched.
         """
         self._resume()
+        if self.checkpoint is not None and self.processes.first:
+            self._log = MetricsLog(self.checkpoint.parent, self.history)
         if not self.history:
             self._note(self.watch(), watch)
         saved = time.monotonic()
@@ -324,6 +333,8 @@ class Trainer:
                     self._save()
                     saved = time.monotonic()
         self._save()
+        if self._log is not None:
+            self._log.close()
         self.best.restore(self.heads)
         return self.history
 
@@ -374,6 +385,8 @@ class Trainer:
     def _note(self, metrics: list[HeadMetrics], watch: Watch | None) -> None:
         self.history += metrics
         self.best.see(self.heads, metrics)
+        if self._log is not None:
+            self._log.add(metrics)
         if watch is not None and self.processes.first:
             watch(metrics)
 

@@ -1,0 +1,50 @@
+"""A whole training, corpus included, that may be killed at any moment; run alone or as one of several processes.
+
+``python resumable.py FOLDER`` prints a line a step.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from offramp.llm.data import CorpusPlan, prepare_corpus
+from offramp.llm.heads import HeadConfig
+from offramp.llm.processes import Processes
+from offramp.llm.training import Trainer, TrainingConfig, build_heads
+from offramp.llm.trunk import Trunk
+from tiny import make_model
+
+
+def train(folder: Path, progress=None, processes=None) -> Trainer:
+    trunk = Trunk(make_model())
+    trunk.prove((2, 4))
+    generator = torch.Generator().manual_seed(5)
+    starts = [torch.randint(6, 89, (3 + row % 5,), generator=generator) for row in range(150)]
+    processes = processes or Processes()
+    if not processes.first:
+        processes.wait()
+    corpus = prepare_corpus(
+        trunk, CorpusPlan((2, 4), 2000, 8, 9), folder / "corpus", prompts=starts, progress=progress
+    )
+    heads = build_heads(trunk, corpus, (2, 4), HeadConfig("adapter", shortlist=50), 4)
+    if processes.first:
+        processes.wait()
+    config = TrainingConfig(epochs=2, batch_size=64, seed=4)
+    state = folder / "state.safetensors"
+    trainer = Trainer(
+        trunk, heads, corpus, config, checkpoint=state, checkpoint_seconds=0, processes=processes
+    )
+    trainer.run(progress)
+    return trainer
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    mine = Processes()
+    done = train(Path(sys.argv[1]), lambda stage, at, _total: print(stage, at, flush=True), mine)
+    if mine.first:
+        print("history", json.dumps([asdict(item) for item in done.history]), flush=True)
