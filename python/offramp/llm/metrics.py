@@ -40,7 +40,7 @@ class MetricsLog:
         if find_spec("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415  # an extra, and slow to import
 
-            self._events = SummaryWriter(str(folder / EVENTS))  # type: ignore[no-untyped-call]
+            self._events = SummaryWriter(str(folder / EVENTS))
         self.add(history)
 
     def add(self, metrics: Sequence[HeadMetrics]) -> None:
