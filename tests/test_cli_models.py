@@ -127,6 +127,9 @@ def test_calibration_is_stored_with_the_heads(workplace):
     assert stored.eps == calibrated["eps"] == 0.4
     assert [tau if math.isfinite(tau) else None for tau in stored.thresholds] == calibrated["thresholds"]
     assert list(stored.coverage) == calibrated["coverage"]
+    assert set(calibrated["by_mode"]) == {"marginal", "sequential"}
+    assert calibrated["by_mode"]["sequential"]["accepted"] == list(stored.accepted)
+    assert "marginal" in stored.side_by_side()
 
 
 def test_generation_shows_text_and_exits(workplace):

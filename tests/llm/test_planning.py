@@ -72,7 +72,7 @@ def test_the_replay_counts_the_layers_that_decoding_runs(ee):
     )
     scores = ee.score([TokenSequence(output.sequences[0], 7)])
     assert len(set(output.exit_layers[0].tolist())) > 2
-    plan = make_plan(costs(), scores, ee.layers, 6, lambda _: thresholds, 0.9)
+    plan = make_plan(costs(), scores, ee.layers, 6, lambda *_: thresholds, 0.9)
     every = next(item for item in plan.considered if item.mode == "exit" and item.layers == ee.layers)
     assert every.predicted * 40 == pytest.approx(output.stats.layer_runs)
     assert plan.off.predicted == 6
@@ -86,7 +86,7 @@ def test_rows_that_wait_are_paid_for():
         scores,
         (1,),
         6,
-        lambda _: [0.5],
+        lambda *_: [0.5],
         0.9,
     )
     (every,) = [item for item in plan.considered if item.mode == "exit"]
@@ -102,7 +102,7 @@ def test_a_wrong_draft_is_paid_for_in_verify_mode():
     predicted = [
         next(
             item.predicted
-            for item in make_plan(costs(), scores, (1,), 6, lambda _: [0.5], 0.9).considered
+            for item in make_plan(costs(), scores, (1,), 6, lambda *_: [0.5], 0.9).considered
             if item.mode == "verify"
         )
         for scores in (right, wrong)
@@ -119,7 +119,7 @@ def test_exits_that_do_not_pay_are_switched_off(mode):
     scores = scores_of([margins] * 3, [[True] * 120] * 3, [1] + [0] * 119)
 
     def plan(**cost):
-        return make_plan(costs(**cost), scores, (1, 3, 5), 6, lambda _: [0.5] * 3, 0.9).best(mode)
+        return make_plan(costs(**cost), scores, (1, 3, 5), 6, lambda *_: [0.5] * 3, 0.9).best(mode)
 
     cheap, dear, linear = plan(), plan(head=6.0), plan(rows=1.0)
     # The deeper heads know nothing the first does not: asking them is not worth their cost.
@@ -157,11 +157,11 @@ def test_predicted_and_measured_time_agree(ee, monkeypatch):
     monkeypatch.setattr(
         LeanLayer, "run", clock.after(LeanLayer.run, lambda out: 1 + 0.1 * (out.shape[1] - 1))
     )
-    monkeypatch.setattr(ExitHead, "logits", clock.after(ExitHead.logits, lambda _: 0.2))
+    monkeypatch.setattr(ExitHead, "logits", clock.after(ExitHead.logits, lambda *_: 0.2))
     monkeypatch.setattr(
         Trunk, "logits", clock.after(Trunk.logits, lambda out: 1 + 0.1 * (out[..., 0].numel() - 1))
     )
-    monkeypatch.setattr(Trunk, "embed", clock.after(Trunk.embed, lambda _: 0.05))
+    monkeypatch.setattr(Trunk, "embed", clock.after(Trunk.embed, lambda *_: 0.05))
     _, starts = ee._text(None, None, "calibration")
     scores = ee.score(ee.continue_greedily(starts[:20], max_new_tokens=40))
     ee._trunk.model.generation_config.eos_token_id, kept = None, ee.model.generation_config.eos_token_id

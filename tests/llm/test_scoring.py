@@ -12,7 +12,7 @@ import offramp
 import pytest
 import torch
 from offramp import Calibration, InputError, StorageError
-from offramp.llm.calibrating import calibrate_scores
+from offramp.llm.calibrating import Measured, calibrate_scores
 from offramp.llm.sequences import TokenSequence
 
 EPSILONS = (0.05, 0.2, 0.3, 0.45, 0.5, 0.6, 0.75, 0.9, 0.99)
@@ -73,39 +73,70 @@ def test_agreement_counts_the_models_own_choices(trained, model, prompts):
 
 
 @pytest.mark.parametrize("eps", EPSILONS)
-def test_thresholds_at_any_epsilon_are_those_of_the_core(trained, texts, eps):
+@pytest.mark.parametrize("mode", ["marginal", "sequential", "budget"])
+def test_thresholds_at_any_epsilon_are_those_of_the_core(trained, texts, eps, mode):
     scores = trained.score(texts)
-    expected = offramp.fast_calibrate(scores.scores, scores.correct, eps)
-    assert trained.calibration.at(eps) == tuple(expected.tolist())
-    calibration = trained.calibrate(eps, sequences=texts)
-    assert calibration.thresholds == tuple(expected.tolist())
-    for k, tau in enumerate(calibration.thresholds):
-        accepted = scores.scores[k].astype(np.float64) >= tau
-        assert calibration.accepted[k] == int(accepted.sum())
-        assert calibration.correct[k] == int(scores.correct[k][accepted].sum())
-        if accepted.any():
-            assert calibration.accuracy[k] >= eps
-    trained.calibrate(0.5, sequences=texts)
+    costs = [*trained.layers, trained.num_layers]
+    expected = offramp.calibrate_cascade(scores.scores, scores.correct, eps, mode=mode, costs=costs)
+    calibration = calibrate_scores(scores, (1, 3, 5), 6, 0.4, mode=mode, dtype="float32", text_hash="")
+    assert calibration.at(eps) == tuple(expected.thresholds.tolist())
+    found = calibration.cascade(eps)
+    assert (found.accepted.tolist(), found.expected_cost) == (
+        expected.accepted.tolist(),
+        expected.expected_cost,
+    )
+    alone = offramp.fast_calibrate(scores.scores, scores.correct, eps).tolist()
+    assert [curve.at(eps) for curve in calibration.curves] == alone
+    if mode == "marginal":
+        assert calibration.at(eps) == tuple(alone)
+
+
+def test_a_switched_off_head_leaves_its_tokens_to_the_others(trained, texts):
+    scores = trained.score(texts)
+    found = trained.calibration.at(0.5, heads=(1, 2))
+    expected = offramp.calibrate_cascade(scores.scores[1:], scores.correct[1:], 0.5)
+    assert found == (math.inf, *expected.thresholds.tolist())
+    assert trained.calibration.at(0.5, heads=(0, 1, 2)) == trained.calibration.thresholds
+
+
+def test_certified_thresholds_keep_sequences_whole(trained, texts):
+    scores = trained.score(texts)
+    calibration = calibrate_scores(scores, (1, 3, 5), 6, 0.3, delta=0.2, dtype="float32", text_hash="")
+    expected = offramp.calibrate_cascade(scores.scores, scores.correct, 0.3, delta=0.2, groups=scores.groups)
+    assert calibration.thresholds == tuple(expected.thresholds.tolist())
+    assert calibration.promise == expected.assumptions
+    assert "confidence 0.8" in calibration.promise
+    assert "sequential, certified" in calibration.side_by_side()
 
 
 def test_a_calibration_survives_json(trained):
-    stored = json.loads(json.dumps(trained.calibration.to_dict()))
-    loaded = Calibration.from_dict(stored)
-    assert loaded.thresholds == trained.calibration.thresholds
-    assert loaded.coverage == trained.calibration.coverage
+    calibration = trained.calibration
+    stored = json.loads(json.dumps(calibration.to_dict()))
+    loaded = Calibration.from_dict(stored, Measured.from_arrays(calibration.measured.to_arrays()))
+    assert loaded.thresholds == calibration.thresholds
+    assert loaded.coverage == calibration.coverage
     for eps in EPSILONS:
-        assert loaded.at(eps) == trained.calibration.at(eps)
-    assert str(loaded) == str(trained.calibration)
+        assert loaded.at(eps) == calibration.at(eps)
+    assert str(loaded) == str(calibration)
     for name in stored:
-        if name not in ("thresholds", "accepted", "correct"):
+        if name not in ("thresholds", "accepted", "correct", "promise"):
             with pytest.raises(StorageError, match="calibrate again"):
-                Calibration.from_dict({key: value for key, value in stored.items() if key != name})
+                Calibration.from_dict(
+                    {key: value for key, value in stored.items() if key != name}, calibration.measured
+                )
+    arrays = calibration.measured.to_arrays()
+    for name in arrays:
+        with pytest.raises(StorageError, match="calibrate again"):
+            Measured.from_arrays({key: value for key, value in arrays.items() if key != name})
+        with pytest.raises(StorageError, match="contradicts itself"):
+            Measured.from_arrays({**arrays, name: arrays[name][..., 1:]})
 
 
 def test_the_table_says_what_it_rests_on(trained):
     text = str(trained.calibration)
     assert "ε = 0.5 on 1740 tokens of 60 sequences" in text
-    assert "marginal" in text
+    assert "mode sequential" in text
+    assert "nothing is promised" in text
     assert len([line for line in text.splitlines() if " of 6 " in line]) == 3
 
 
@@ -119,7 +150,7 @@ def test_a_head_that_never_agrees_never_exits(trained, texts):
     assert "never" in str(calibration)
     stored = calibration.to_dict()
     assert stored["thresholds"][1] is None
-    assert Calibration.from_dict(stored).thresholds == calibration.thresholds
+    assert Calibration.from_dict(stored, calibration.measured).thresholds == calibration.thresholds
 
 
 @pytest.mark.parametrize("eps", [0, 1, -0.1, 1.2, math.nan, "0.9", True, None])
@@ -131,7 +162,9 @@ def test_epsilon_outside_the_open_interval_is_refused(trained, texts, eps):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"mode": "sequential"}, "mode is 'sequential'"),
+        ({"mode": "holm"}, "mode is 'holm'"),
+        ({"mode": "marginal", "delta": 0.1}, "delta goes with mode"),
+        ({"delta": 2}, "delta is 2"),
         ({"prompts": ["a"]}, "prompts need a tokenizer"),
         ({"sequences": [[1]], "prompts": ["a"]}, "both given"),
     ],

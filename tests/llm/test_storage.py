@@ -38,6 +38,7 @@ def test_heads_and_thresholds_come_back(trained, model, folder, thresholds, prom
     assert sorted(path.name for path in folder.iterdir()) == [
         "README.md",
         "calibration.json",
+        "calibration.safetensors",
         "config.json",
         "heads.safetensors",
     ]
@@ -165,7 +166,11 @@ def change(**values):
         ("config.json", change(head={"kind": "big"}), "config.json is damaged"),
         ("config.json", change(head={"kind": "mlp", "shortlist": 60, "width": 3}), "does not hold the heads"),
         ("calibration.json", cut, "cannot be read as JSON"),
-        ("calibration.json", change(curves=None), "calibration is damaged"),
+        ("calibration.json", change(mode="best"), "calibration is damaged"),
+        ("calibration.json", change(delta=3), "calibration is damaged"),
+        ("calibration.json", change(measured=None), "not the file calibration.json describes"),
+        ("calibration.safetensors", flip, "not the file calibration.json describes"),
+        ("calibration.safetensors", lambda path: path.unlink(), "calibration.safetensors is missing"),
     ],
 )
 def test_a_damaged_folder_is_refused(folder, model, name, damage, words):

@@ -143,6 +143,18 @@ def train(
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--eps", type=EPS, default=0.9, show_default=True, help="Target accuracy, in (0, 1).")
+@click.option(
+    "--mode",
+    type=click.Choice(["sequential", "marginal", "budget"]),
+    default="sequential",
+    show_default=True,
+    help="Each head on what reaches it; alone, as in the paper; or fewest layers within 1 - ε errors.",
+)
+@click.option(
+    "--delta",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    help="Certify for new text at confidence 1 - δ, as 0.05; needs some 50,000 tokens.",
+)
 @click.option("--tokens", type=COUNT, default=10_000, show_default=True, help="Tokens to calibrate on.")
 @click.option("--model", help="The base model, if the folder's own name for it does not lead to it.")
 @prompts_option
@@ -153,6 +165,8 @@ def calibrate(
     *,
     folder: Path,
     eps: float,
+    mode: str,
+    delta: float | None,
     tokens: int,
     model: str | None,
     prompts: Path | None,
@@ -166,7 +180,7 @@ def calibrate(
     from offramp.cli import pipeline  # noqa: PLC0415 - see the module's docstring
 
     ee = pipeline.open_exits(session, folder, model=model, dtype=dtype, device=device)
-    pipeline.calibrate(session, ee, folder, eps=eps, tokens=tokens, prompts=prompts)
+    pipeline.calibrate(session, ee, folder, eps=eps, mode=mode, delta=delta, tokens=tokens, prompts=prompts)
 
 
 @click.command()

@@ -159,19 +159,31 @@ def _plot(history: list[HeadMetrics], cache: Path) -> str:
 
 
 def calibrate(
-    session: Session, ee: EarlyExitModel, folder: Path, *, eps: float, tokens: int, prompts: Path | None
+    session: Session,
+    ee: EarlyExitModel,
+    folder: Path,
+    *,
+    eps: float,
+    mode: str,
+    delta: float | None,
+    tokens: int,
+    prompts: Path | None,
 ) -> None:
     """Calibrate heads and store the thresholds beside them."""
     starts = read_prompts(prompts)
     with session.progress() as progress:
-        calibration = ee.calibrate(eps, prompts=starts, tokens=tokens, progress=progress)
+        calibration = ee.calibrate(
+            eps, mode=mode, delta=delta, prompts=starts, tokens=tokens, progress=progress
+        )
     ee.save_pretrained(folder)
     session.show(str(calibration))
+    session.show(calibration.side_by_side())
     session.result(
         {
             **calibration.to_dict(),
             "coverage": calibration.coverage,
             "accuracy": calibration.accuracy,
+            "by_mode": calibration.by_mode(),
             "folder": str(folder),
         }
     )

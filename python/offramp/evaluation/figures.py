@@ -117,10 +117,8 @@ def _speed(ax: Any, result: Findings) -> None:
 
 def _curves(ax: Any, result: Findings) -> None:
     calibration = result.calibration
-    heads = zip(
-        calibration.layers, calibration.curves, calibration.coverage, calibration.accuracy, strict=True
-    )
-    for index, (layer, curve, place, accuracy) in enumerate(heads):
+    heads = zip(calibration.layers, calibration.curves, calibration.alone, strict=True)
+    for index, (layer, curve, (place, accuracy)) in enumerate(heads):
         colour = _mark(index)
         ax.step(curve.coverage, curve.accuracy, where="pre", color=colour, label=f"after layer {layer}")
         if place:

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from offramp.decision import decide
 from offramp.errors import InputError
 from offramp.llm.arguments import check_config, check_ids, check_request
-from offramp.llm.calibrating import Calibration, calibrate_scores, check_eps
+from offramp.llm.calibrating import Calibration, calibrate_scores, check_eps, check_mode
 from offramp.llm.data import CorpusPlan, corpus_bytes, prepare_corpus
 from offramp.llm.decoding import EarlyExitOutput, Exit, GenerationStats, Rollout, decode
 from offramp.llm.generating import continue_prompts
@@ -268,14 +268,15 @@ class EarlyExitModel:
         self,
         eps: float = 0.9,
         *,
-        mode: str = "marginal",
+        mode: str = "sequential",
+        delta: float | None = None,
         prompts: Iterable[str] | None = None,
         sequences: Any = None,
         tokens: int = 10_000,
         max_new_tokens: int = 96,
         progress: Progress | None = None,
     ) -> Calibration:
-        """Find the lowest threshold of every head that agrees with the full model at least ``eps`` of the time.
+        """Find the lowest thresholds with which heads agree with the full model at least ``eps`` of the time.
 
         ε speaks of this: the head's first choice equals the full model's first choice on raw logits, given the same
         prefix, at generated positions of text like the calibration text.  Nothing is promised about other text.
@@ -285,7 +286,13 @@ class EarlyExitModel:
         eps
             Target accuracy, in (0, 1).
         mode
-            ``"marginal"``: every head by itself on all tokens, as in the paper.
+            ``"sequential"``: every head on the tokens that reach it, so that all early tokens agree to ``eps``.
+            ``"marginal"``: every head by itself on all tokens, as in the paper; deeper heads then miss ``eps`` on what
+            shallower ones leave.  ``"budget"``: the fewest layers with at most 1 - eps of all tokens early and wrong.
+        delta
+            Certify: half of the sequences propose thresholds, the other half tests them, so that at confidence
+            1 - delta every head reaches ``eps`` on new text of the kind.  Needs hundreds of sequences: see
+            ``docs/guarantees.md``.
         prompts
             Prompts the full model continues greedily; default: the shipped calibration prompts.
         sequences
@@ -298,11 +305,10 @@ class EarlyExitModel:
         Returns
         -------
         Calibration
-            Also kept as ``calibration``; printing it shows a table.
+            Also kept as ``calibration``; printing it shows a table.  It answers any other ε as well.
         """
         eps = check_eps(eps)
-        if mode != "marginal":
-            raise InputError(f"mode is {mode!r}: choose 'marginal', which calibrates every head by itself")
+        check_mode(mode, delta)
         self._trained_heads()
         own, starts = self._text(prompts, sequences, "calibration")
         if own is None:
@@ -315,6 +321,8 @@ class EarlyExitModel:
             self.layers,
             self.num_layers,
             eps,
+            mode=mode,
+            delta=delta,
             dtype=str(self._trunk.dtype).removeprefix("torch."),
             text_hash=hash_of(own),
         )

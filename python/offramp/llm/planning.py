@@ -188,7 +188,7 @@ def make_plan(
     scores: Scores,
     layers: Sequence[int],
     num_layers: int,
-    thresholds_at: Callable[[float], Sequence[float]],
+    thresholds_at: Callable[[float, Sequence[int]], Sequence[float]],
     eps: float,
 ) -> Plan:
     """Replay the scored text with every set of exits, and take the fastest of each mode.
@@ -198,7 +198,8 @@ def make_plan(
     scores
         Of text the full model wrote, sequence by sequence.
     thresholds_at
-        Thresholds of all heads for a target accuracy.
+        Thresholds for a target accuracy if only heads of these numbers are in use: a head meets more tokens where a
+        shallower one is off.
     eps
         The target accuracy of exit mode.
     """
@@ -209,7 +210,7 @@ def make_plan(
     for mode, targets in (("exit", (eps,)), ("verify", _VERIFY_EPS)):
         run = replay.exit if mode == "exit" else replay.verify
         for target, kept in itertools.product(targets, _subsets(len(layers))):
-            known = thresholds_at(target)
+            known = thresholds_at(target, kept)
             chosen = tuple(float(known[index]) if index in kept else math.inf for index in range(len(layers)))
             on = tuple(layers[index] for index in kept)
             considered.append(Option(mode, target, on, chosen, run(chosen)))

@@ -1,5 +1,7 @@
 """Heads and thresholds on disk: ``heads.safetensors``, ``config.json``, ``calibration.json`` and a model card.
 
+What the heads said on the calibration tokens, from which any ε is answered, is in ``calibration.safetensors``.
+
 For `model`; nothing else knows the layout of the folder.
 """
 
@@ -17,11 +19,13 @@ import torch
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load_file as load_arrays
+from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 
 from offramp import __version__
 from offramp.errors import InputError, ModelError, StorageError
-from offramp.llm.calibrating import Calibration
+from offramp.llm.calibrating import Calibration, Measured
 from offramp.llm.files import read_json, sha256_of, write_json, write_text
 from offramp.llm.fingerprint import Fingerprint, fingerprint
 from offramp.llm.heads import ExitHeads, HeadConfig, make_head, output_rows
@@ -31,6 +35,7 @@ _FORMAT = 1
 _HEADS = "heads.safetensors"
 _CONFIG = "config.json"
 _CALIBRATION = "calibration.json"
+_MEASURED = "calibration.safetensors"
 _CARD = "README.md"
 _FINGERPRINT = "base_model.fingerprint"
 _OTHER_HEADS = f"{_HEADS} does not hold the heads {_CONFIG} describes: the folder is damaged"
@@ -231,7 +236,7 @@ def load_exits(folder: str | os.PathLike[str]) -> SavedExits:
         )
     tensors = load_file(heads)
     stored = source / _CALIBRATION
-    calibration = Calibration.from_dict(read_json(stored)) if stored.exists() else None
+    calibration = _calibration(source) if stored.exists() else None
     try:
         base = Fingerprint(tensors[_FINGERPRINT], config["base_model_shapes"])
         saved = SavedExits(config, tensors, base, calibration)
@@ -242,6 +247,16 @@ def load_exits(folder: str | os.PathLike[str]) -> SavedExits:
     if calibration is not None and calibration.layers != layers:
         raise StorageError(f"{stored} belongs to heads after other layers: calibrate again")
     return saved
+
+
+def _calibration(folder: Path) -> Calibration:
+    values, arrays = read_json(folder / _CALIBRATION), folder / _MEASURED
+    measured = values.get("measured")
+    if not arrays.exists() or not isinstance(measured, dict) or sha256_of(arrays) != measured.get("sha256"):
+        raise StorageError(
+            f"{arrays} is missing or is not the file {_CALIBRATION} describes: calibrate again"
+        )
+    return Calibration.from_dict(values, Measured.from_arrays(load_arrays(arrays)))
 
 
 def _write(
@@ -276,7 +291,9 @@ def _write(
         "sha256": sha256_of(folder / _HEADS),
     }
     if calibration is not None:
-        write_json(folder / _CALIBRATION, calibration.to_dict())
+        save_arrays(calibration.measured.to_arrays(), folder / _MEASURED)
+        measured = {"sha256": sha256_of(folder / _MEASURED)}
+        write_json(folder / _CALIBRATION, {**calibration.to_dict(), "measured": measured})
     write_text(folder / _CARD, _card(config, calibration))
     write_json(folder / _CONFIG, config)
 
