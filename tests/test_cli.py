@@ -279,7 +279,8 @@ def test_bench_prints_a_number_for_every_contender(capsys):
     arguments = ("bench", "--samples", "2000", "--vocabulary", "500", "--rounds", "1", "--quiet")
     seconds = json.loads(ok(capsys, *arguments, "--json"))["seconds"]
     assert set(seconds) == {"calibrate", "decide"}
-    for contenders in seconds.values():
+    assert set(seconds["decide"]) == {"500 float32", "500 float16", "500 bfloat16"}
+    for contenders in (seconds["calibrate"], *seconds["decide"].values()):
         assert {"offramp"} < set(contenders)
         assert all(value > 0 for value in contenders.values())
     assert "offramp" in ok(capsys, *arguments)

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from offramp import decide, reference, top2_margin
+from offramp import _core, decide, reference, top2_margin
 
 DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
 LARGEST = {"float16": 65504.0, "bfloat16": 3.38e38, "float32": np.finfo(np.float32).max}
@@ -51,18 +51,27 @@ def one_allowed(rng, size):
     return logits
 
 
-def around_the_cut_off(rng, size):
-    logits = np.full(size, rng.choice([0.0, 12.5, -63.0, 64.0, 300.0]))
-    places = rng.random(size) < 0.9
-    logits[places] -= 32 + rng.integers(-3, 4, places.sum()) * 2.0 ** rng.integers(-20, 2)
+def around_the_floor(rng, size):
+    """Whole ranges below what counts, above it, and on both sides."""
+    top = rng.choice([0.0, 12.5, -31.9, -33.0, 63.0, 64.0, 96.5, 300.0, -1000.0])
+    floor = (0 if -32 <= top < 64 else 64 * np.rint(top / 64)) - 64
+    logits = floor + rng.integers(-3, 4, size) * 2.0 ** rng.integers(-18, 2, size)
+    side = rng.choice([-1, 0, 1], 1 + size // 1024).repeat(1024)[:size]
+    logits = np.where(side, floor + side * abs(logits - floor), logits)
+    logits[rng.integers(0, size)] = top
     return logits
 
 
-def around_the_shift(rng, size):
-    edge = rng.choice([-64.0, 64.0]) * (1 + rng.integers(-2, 3) * 2.0**-23)
-    return np.minimum(
-        edge, edge - rng.exponential(rng.choice([0.1, 5.0, 20.0]), size) * (rng.random(size) < 0.9)
-    )
+def around_the_windows(rng, size):
+    """A maximum at the edges of what is shifted alike, anywhere in the row."""
+    edge = rng.choice([-96.0, -32.0, 64.0, 96.0]) * (1 + rng.integers(-2, 3) * 2.0**-23)
+    spread = rng.choice([0.1, 5.0, 20.0, 60.0])
+    return np.minimum(edge, edge - rng.exponential(spread, size) * (rng.random(size) < 0.9))
+
+
+def rising(rng, size):
+    """The first logits tell nothing about the maximum."""
+    return np.linspace(rng.uniform(-300, 0), rng.uniform(0, 300), size) + rng.standard_normal(size)
 
 
 def flat(rng, size):
@@ -94,8 +103,9 @@ KINDS = {
         equal,
         masked,
         one_allowed,
-        around_the_cut_off,
-        around_the_shift,
+        around_the_floor,
+        around_the_windows,
+        rising,
         flat,
         huge,
         tiny,
@@ -137,6 +147,14 @@ def test_bulk(dtype, kind):
         for logits, one in zip(rows, margin, strict=True):
             assert_within_stated_error(logits, float(one))
         assert top2_margin(rows[0]) == (token[0], margin[0])
+        memory = rows.view(np.uint16) if rows.itemsize == 2 else rows
+        for step in (-1, 0, 1):
+            tau = (
+                np.nextafter(margin.astype(np.float64), step * np.inf) if step else margin.astype(np.float64)
+            )
+            named, exits = _core.exits_rows(memory, dtype, tau)
+            np.testing.assert_array_equal(named, token)
+            np.testing.assert_array_equal(exits, margin >= tau)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

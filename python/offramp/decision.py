@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from math import isnan
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from offramp import _core
-from offramp.arrays import Floats, as_floats, bfloat16_to_float32
+from offramp.arrays import Floats, as_floats, bfloat16_to_float32, plain_tensor
 from offramp.errors import InputError
 
 Tokens: TypeAlias = int | NDArray[np.int64]
@@ -63,7 +64,9 @@ def top2_margin(logits: Any) -> tuple[Tokens, Margins]:
     >>> token, round(margin, 6)
     (1, 0.5)
     """
-    values, dtype = read_logits(logits)
+    if type(logits) is np.ndarray and (row := _core.top2_margin_plain(logits)) is not None:
+        return row
+    values, dtype = plain_tensor(logits) or read_logits(logits)
     if values.ndim == 1:
         return _core.top2_margin_row(values, dtype)
     return _core.top2_margin_rows(values, dtype)
@@ -101,8 +104,13 @@ def decide(logits: Any, tau: ArrayLike) -> Decision:
     """
     token, margin = top2_margin(logits)
     if isinstance(margin, float):
-        return Decision(token, margin, margin >= float(read_tau(tau, None)))
+        return Decision(token, margin, margin >= _one_tau(tau))
     return Decision(token, margin, margin.astype(np.float64) >= read_tau(tau, len(margin)))
+
+
+def _one_tau(tau: Any) -> float:
+    # Reading any kind of threshold takes far longer than seeing that a float is not NaN.
+    return tau if isinstance(tau, float) and not isnan(tau) else float(read_tau(tau, None))
 
 
 def read_logits(logits: Any) -> Floats:

@@ -14,7 +14,15 @@ from rich.table import Table
 from offramp import machine
 from offramp.calibration import fast_calibrate
 from offramp.cli.session import Session, with_session
-from offramp.decision import decide
+from offramp.evaluation.peers.decision import (
+    DTYPES,
+    OURS,
+    READ,
+    VOCABULARIES,
+    agree,
+    contenders,
+    like_a_model,
+)
 from offramp.evaluation.timing import alternate, medians
 
 Contenders = dict[str, Callable[[], Any]]
@@ -27,43 +35,28 @@ _EPS = 0.9
     "--samples", type=click.IntRange(1), default=1_000_000, show_default=True, help="Scores to calibrate on."
 )
 @click.option(
-    "--vocabulary", type=click.IntRange(2), default=49_152, show_default=True, help="Logits in a row."
+    "--vocabulary",
+    type=click.IntRange(2),
+    help="Logits in a row; default: those of five families of models, 32,000 to 256,000.",
 )
 @click.option(
     "--rounds", type=click.IntRange(1), default=15, show_default=True, help="Timed runs of each contender."
 )
 @with_session
-def bench(session: Session, what: str, samples: int, vocabulary: int, rounds: int) -> None:
+def bench(session: Session, what: str, samples: int, vocabulary: int | None, rounds: int) -> None:
     """Time the core beside numpy and torch.
 
-    Threshold search and exit decision, on float32, in alternation.
+    Threshold search on float32, exit decision in every dtype; contenders in turns.
     """
     random = np.random.default_rng(session.seed)
-    suites: dict[str, tuple[str, Contenders, Callable[[Any, Any], bool]]] = {}
+    results: dict[str, Any] = {}
     if what in ("all", "calibrate"):
-        suites["calibrate"] = (
-            f"threshold for ε = {_EPS} from {samples:,} scores",
-            _calibrate(random, samples, session.threads),
-            _same,
-        )
+        searches = _calibrate(random, samples, session.threads)
+        session.say(f"timing calibrate: {', '.join(searches)}")
+        results["calibrate"] = _timed(searches, _same, rounds)
+        session.show(_table(f"threshold for ε = {_EPS} from {samples:,} scores", results["calibrate"]))
     if what in ("all", "decide"):
-        suites["decide"] = (
-            f"token and margin of a row of {vocabulary:,} logits",
-            _decide(random, vocabulary),
-            _close,
-        )
-    results = {}
-    for name, (title, contenders, agree) in suites.items():
-        session.say(f"timing {name}: {', '.join(contenders)}")
-        _require_agreement(contenders, agree)
-        repeats = _repeats(contenders)
-        timed = medians(
-            alternate(
-                {key: _repeated(run, repeats) for key, run in contenders.items()}, rounds=rounds, seconds=60
-            )
-        )
-        results[name] = {key: seconds / repeats for key, seconds in timed.items()}
-        session.show(_table(title, results[name]))
+        results["decide"] = _decisions(session, vocabulary, rounds)
     session.show(", ".join(f"{name} {value}" for name, value in machine.describe().items()))
     session.result(
         {
@@ -74,6 +67,15 @@ def bench(session: Session, what: str, samples: int, vocabulary: int, rounds: in
             "machine": machine.describe(),
         }
     )
+
+
+def _timed(contenders: Contenders, same: Callable[[Any, Any], bool], rounds: int) -> dict[str, float]:
+    """Seconds of each contender, timed in turns once they agree."""
+    _require_agreement(contenders, same)
+    repeats = _repeats(contenders)
+    repeated = {key: _repeated(run, repeats) for key, run in contenders.items()}
+    timed = medians(alternate(repeated, rounds=rounds, seconds=60))
+    return {key: seconds / repeats for key, seconds in timed.items()}
 
 
 def _calibrate(random: np.random.Generator, samples: int, threads: int | None) -> Contenders:
@@ -110,37 +112,42 @@ def _first_good(scores: NDArray[np.float32], correct: NDArray[np.bool_]) -> floa
     return float(scores[good[0]]) if len(good) else float("inf")
 
 
-def _decide(random: np.random.Generator, vocabulary: int) -> Contenders:
-    logits = (random.standard_normal(vocabulary) * 3).astype(np.float32)
-    contenders: Contenders = {
-        "offramp": lambda: tuple(decide(logits, _EPS))[:2],
-        "numpy softmax + partition": lambda: _numpy_margin(logits),
-    }
-    if find_spec("torch") is not None:
-        import torch  # noqa: PLC0415 - an optional dependency
-
-        tensor = torch.from_numpy(logits)
-
-        def with_torch() -> tuple[int, float]:
-            top = torch.softmax(tensor, -1).topk(2)
-            return int(top.indices[0]), float(top.values[0] - top.values[1])
-
-        contenders["torch softmax + topk"] = with_torch
-    return contenders
+def _decisions(session: Session, vocabulary: int | None, rounds: int) -> dict[str, dict[str, float]]:
+    """Time the decision on rows of every size and dtype; seconds by contender."""
+    dtypes = DTYPES if find_spec("torch") is not None else DTYPES[:1]
+    seconds = {}
+    for size in VOCABULARIES if vocabulary is None else (vocabulary,):
+        logits = like_a_model(size, session.seed)
+        for dtype in dtypes:
+            session.say(f"timing decide: {size:,} logits, {dtype}")
+            seconds[f"{size} {dtype}"] = _timed(contenders(logits, dtype), _close, rounds)
+    session.show(_decision_table(seconds))
+    return seconds
 
 
-def _numpy_margin(logits: NDArray[np.float32]) -> tuple[int, float]:
-    weights = np.exp(logits - logits.max())
-    second, first = np.partition(weights, -2)[-2:]
-    return int(logits.argmax()), float((first - second) / weights.sum())
+def _decision_table(seconds: dict[str, dict[str, float]]) -> Table:
+    table = Table(title="token and margin of one row of logits, µs", title_justify="left")
+    names = [name for name in next(iter(seconds.values())) if name != OURS]
+    for title in ("logits", "dtype", OURS, *names, "reads"):
+        table.add_column(title, justify="left" if title == "dtype" else "right")
+    for row, found in seconds.items():
+        size, dtype = row.split()
+        ours = found[OURS]
+        peers = (
+            f"{1e6 * found[name]:,.1f}" + ("" if name == READ else f" ({found[name] / ours:.1f}×)")
+            for name in names
+        )
+        table.add_row(f"{int(size):,}", dtype, f"{1e6 * ours:,.1f}", *peers, f"{ours / found[READ]:.1f}")
+    return table
 
 
 def _same(one: float, other: float) -> bool:
     return one == other
 
 
-def _close(one: tuple[int, float], other: tuple[int, float]) -> bool:
-    return one[0] == other[0] and abs(one[1] - other[1]) < 1e-4
+def _close(one: Any, other: Any) -> bool:
+    # One read finds no margin.
+    return not isinstance(other, tuple) or agree(one, other)
 
 
 def _require_agreement(contenders: Contenders, agree: Callable[[Any, Any], bool]) -> None:

@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from transformers import GenerationConfig
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from offramp.decision import decide
 from offramp.errors import InputError, ModelError, OutOfMemoryError
 from offramp.llm.heads import ExitHead
 from offramp.llm.reading import Reader
+from offramp.llm.staging import Stage
 from offramp.llm.trunk import Trunk, positions_from_mask
 
 _BROKEN = (
@@ -171,6 +171,7 @@ class Rollout:
         self.bounds = (0, *(item.layer for item in self.exits), trunk.num_layers)
         self.cache = trunk.new_cache()
         self.readers = [Reader(item.head) for item in self.exits]
+        self._stage = Stage.on(trunk.device)
         self.max_pending = max_pending
         self.layer_runs = 0
         self.mask = attention_mask
@@ -211,9 +212,8 @@ class Rollout:
                 break
             self.run(index)
             logits = self.readers[index].answer(self.positions, self.mask)
-            # Rows of a batch give arrays; numbers come from a single row without a batch.
             try:
-                choice, _, reached = (np.asarray(part) for part in decide(logits, item.threshold))
+                choice, reached = self._stage.exits(logits, item.threshold)
             except InputError as error:
                 raise ModelError(
                     f"model: {_BROKEN.format(f'the head after layer {item.layer} gave')}"

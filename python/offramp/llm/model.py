@@ -21,7 +21,6 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel
 
-from offramp.decision import decide
 from offramp.errors import InputError
 from offramp.llm.arguments import check_config, check_ids, check_request
 from offramp.llm.calibrating import Calibration, calibrate_scores, check_eps, check_mode
@@ -35,6 +34,7 @@ from offramp.llm.processes import Processes
 from offramp.llm.prompts import prompts as shipped_prompts
 from offramp.llm.scoring import Scores, agreement, score_sequences
 from offramp.llm.sequences import TokenSequence, as_sequences, check_length, encode_prompts, hash_of
+from offramp.llm.staging import Stage
 from offramp.llm.states import Progress
 from offramp.llm.storage import fetch_exits, load_exits, push_exits, save_exits
 from offramp.llm.training import HeadMetrics, Trainer, TrainingConfig, Watch, best_of, build_heads
@@ -373,7 +373,8 @@ class EarlyExitModel:
             starts = encoded or []
         if scores is None:
             scores = self._scores = self.score(self.continue_greedily(starts, tokens=1000), progress=progress)
-        costs = measure_costs(self._trunk, heads, lambda logits: decide(logits, 0.5))
+        stage = Stage.on(self._trunk.device)
+        costs = measure_costs(self._trunk, heads, lambda logits: stage.exits(logits, 0.5))
         found = make_plan(costs, scores, self.layers, self.num_layers, self.calibration.at, eps)
         if measure:
             found = found.with_measured(self._time(found, starts[:measure], max_new_tokens, progress))

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from offramp.decision import top2_margin
 from offramp.llm.heads import ExitHead, ExitHeads
 from offramp.llm.sequences import TokenSequence
+from offramp.llm.staging import Stage
 from offramp.llm.states import Picked, Progress, States, teacher_forced
 from offramp.llm.trunk import Trunk
 
@@ -68,11 +68,12 @@ def score_sequences(
     exit each of its positions takes; nothing needs decoding again.
     """
     layers = heads.layers
+    stage = Stage.on(trunk.device)
     parts = []
     for states in teacher_forced(trunk, sequences, layers, progress=progress, stage="scoring"):
         model_choices = model_choice(trunk, states.final)
         margins, choices = zip(
-            *(_score_head(heads.after(layer), states.exits[layer], states.picked) for layer in layers),
+            *(_score_head(heads.after(layer), states.exits[layer], states.picked, stage) for layer in layers),
             strict=True,
         )
         parts.append((np.stack(margins), np.stack(choices), model_choices, states))
@@ -115,11 +116,11 @@ def model_choice(trunk: Trunk, final: torch.Tensor) -> NDArray[np.int64]:
 
 
 def _score_head(
-    head: ExitHead, hidden: torch.Tensor, picked: Picked
+    head: ExitHead, hidden: torch.Tensor, picked: Picked, stage: Stage
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     margins, choices = [], []
     for chunk in head.read(hidden, picked).split(_CHUNK):
-        rows, margin = top2_margin(head.logits(chunk))
+        rows, margin = stage.top2_margin(head.logits(chunk))
         margins.append(margin)
         choices.append(head.tokens(torch.as_tensor(rows)).cpu().numpy())
     return np.concatenate(margins), np.concatenate(choices)

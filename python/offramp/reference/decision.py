@@ -15,8 +15,7 @@ __all__ = ["Decision", "decide", "top2_margin"]
 _LANES = 16
 _BLOCK = 256
 
-_CUT_OFF = np.float32(32)
-_SHIFT_FROM = np.float32(64)
+_WINDOW = np.float32(64)
 _ROUNDER = np.float32(1.5 * 2**23 + 127)
 _LOG2_E = np.float32(1.44269504)
 _LN_2 = np.float32(0.6931472)
@@ -51,46 +50,56 @@ def _row(index: int, row: NDArray[np.float32]) -> tuple[int, float]:
             f"logits must be finite or -inf, but row {index} holds {row[first]} at index {first}: repair it"
         )
     token = int(row.argmax())
-    # Without its largest term the sum is not rounded to that term's grid.
-    rest = row.copy()
-    rest[token] = -np.inf
-    l1, l2 = row[token], rest.max()
+    l1 = row[token]
+    others = row.copy()
+    others[token] = -np.inf
     if l1 == -np.inf:
         raise InputError(
             f"logits must leave a token to choose, but row {index} is -inf throughout: unmask one"
         )
-    return token, float(np.float32(_one_minus_exp(float(l2) - float(l1)) / (1.0 + _sum_exp(rest, l1))))
+    gap = _one_minus_exp(float(others.max()) - float(l1))
+    return token, float(np.float32(gap / (1.0 + _sum_others(row, token))))
 
 
-def _sum_exp(rest: NDArray[np.float32], l1: np.float32) -> float:
-    """Sum exp(l - l1): float32 in a block of 16 x 16, float64 from block to block."""
-    shift = l1 if abs(l1) >= _SHIFT_FROM else np.float32(0)
-    exponent = ((l1 - shift) * _LOG2_E + _ROUNDER) - _ROUNDER
-    padded = np.pad(rest, (0, -len(rest) % _BLOCK), constant_values=-np.inf)
-    terms = _terms(padded, l1, shift, exponent).reshape(-1, _BLOCK // _LANES, _LANES)
-    while terms.shape[1] > 1:
-        terms = terms[:, 0::2] + terms[:, 1::2]
+def _sum_others(row: NDArray[np.float32], token: int) -> float:
+    """Sum exp(l - l1) over all but the token: float32 in a block of 16 x 16, float64 from block to block."""
+    l1 = row[token]
+    shift = np.float32(0) if -_WINDOW / 2 <= l1 < _WINDOW else np.rint(l1 / _WINDOW) * _WINDOW
+    blocks = np.pad(row, (0, -len(row) % _BLOCK), constant_values=-np.inf).reshape(-1, _BLOCK)
     # accumulate, unlike sum, promises to add from the first to the last.
-    lanes = np.add.accumulate(terms[:, 0].astype(np.float64), axis=0)[-1]
+    total = np.add.accumulate(_sum_blocks(blocks, shift), axis=0)[-1]
+    # In float32 the token's term would round all that it is added to, so its block is added anew.
+    block = blocks[token // _BLOCK]
+    total = total - _sum_blocks(block[None], shift)[0]
+    block[token % _BLOCK] = -np.inf
+    lanes = total + _sum_blocks(block[None], shift)[0]
     while len(lanes) > 1:
         lanes = lanes[0::2] + lanes[1::2]
-    largest = 1.0 + _expm1_near_zero(float(l1 - shift) - float(exponent) * float(_LN_2))
+    x = l1 - shift
+    n = (x * _LOG2_E + _ROUNDER) - _ROUNDER
+    power: float = 2.0 ** float(n)
+    largest = (1.0 + _expm1_near_zero(float(x) - float(n) * float(_LN_2))) * power
     return float(lanes[0]) / largest
 
 
-def _terms(
-    logits: NDArray[np.float32], l1: np.float32, shift: np.float32, exponent: np.float32
-) -> NDArray[np.float32]:
-    """exp(logit - shift) / 2^exponent, 0 where a logit lies more than the cut-off below the largest."""
-    counts = logits >= l1 - _CUT_OFF
-    x = np.where(counts, logits, l1) - shift
-    rounder = _ROUNDER - exponent
-    n = (x * _LOG2_E + rounder) - rounder
+def _sum_blocks(blocks: NDArray[np.float32], shift: np.float32) -> NDArray[np.float64]:
+    """Sixteen lanes of each block (B, 256): in a lane, the terms are added as a balanced tree."""
+    terms = _terms(blocks, shift).reshape(-1, _BLOCK // _LANES, _LANES)
+    while terms.shape[1] > 1:
+        terms = terms[:, 0::2] + terms[:, 1::2]
+    return terms[:, 0].astype(np.float64)
+
+
+def _terms(logits: NDArray[np.float32], shift: np.float32) -> NDArray[np.float32]:
+    """exp(logit - shift), 0 where a logit lies below the floor."""
+    counts = logits >= shift - _WINDOW
+    x = np.where(counts, logits, shift) - shift
+    n = (x * _LOG2_E + _ROUNDER) - _ROUNDER
     r = (x - n * _LN_2_HIGH) - n * _LN_2_LOW
     r2 = r * r
     series = (_C[0] + _C[1] * r) + (_C[2] + _C[3] * r) * r2
     exp_r = _ONE + (r + series * r2)
-    return np.where(counts, np.ldexp(exp_r, (n - exponent).astype(np.int32)), np.float32(0))
+    return np.where(counts, np.ldexp(exp_r, n.astype(np.int32)), np.float32(0))
 
 
 def _one_minus_exp(y: float) -> float:

@@ -17,6 +17,10 @@ pub use lanes::Logit;
 
 use crate::error::{Error, Result};
 use crate::isa::InstructionSet;
+use crate::run::Run;
+
+/// Fewer logits are left to the calling thread: starting another takes as long.
+const WORTH_A_THREAD: usize = 1 << 18;
 
 /// The most likely token of a row and how far it is ahead.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -35,7 +39,15 @@ pub fn top2_margin<T: Logit>(isa: InstructionSet, logits: &[T]) -> Result<Top2> 
     arch::top2_margin(isa, logits).map_err(|fault| fault.in_row(0))
 }
 
-/// [`top2_margin`] of every row of a (B, V) matrix; `tokens` and `margins` have length B and B divides the logits.
+/// The most likely token of one row of logits and whether its margin reaches `tau`, as [`top2_margin`] finds it.
+///
+/// # Errors
+/// As [`top2_margin`].
+pub fn exits<T: Logit>(isa: InstructionSet, logits: &[T], tau: f64) -> Result<(usize, bool)> {
+    arch::exits(isa, logits, tau).map_err(|fault| fault.in_row(0))
+}
+
+/// [`top2_margin`] of every row of a (B, V) matrix; `tokens` and `margins` have length B, which divides the logits.
 ///
 /// # Errors
 /// As [`top2_margin`]; the row that is named is the first with a fault.
@@ -43,23 +55,72 @@ pub fn top2_margin<T: Logit>(isa: InstructionSet, logits: &[T]) -> Result<Top2> 
 /// # Panics
 /// If the lengths do not fit together.
 pub fn top2_margin_rows<T: Logit>(
-    isa: InstructionSet,
     logits: &[T],
     tokens: &mut [i64],
     margins: &mut [f32],
+    run: &Run<'_>,
 ) -> Result<()> {
-    let rows = tokens.len();
-    assert!(rows > 0 && margins.len() == rows && logits.len().is_multiple_of(rows));
-    let vocabulary = logits.len() / rows;
+    let isa = run.instruction_set();
+    rows(logits, tokens, margins, run, |_, row| {
+        arch::top2_margin(isa, row).map(|top2| (top2.token, top2.margin))
+    })
+}
+
+/// [`exits`] of every row of a (B, V) matrix; `taus` has a threshold for each row, or one for all.
+///
+/// # Errors
+/// As [`top2_margin_rows`].
+///
+/// # Panics
+/// If the lengths do not fit together.
+pub fn exits_rows<T: Logit>(
+    logits: &[T],
+    taus: &[f64],
+    tokens: &mut [i64],
+    exits: &mut [bool],
+    run: &Run<'_>,
+) -> Result<()> {
+    assert!(taus.len() == 1 || taus.len() == tokens.len());
+    let isa = run.instruction_set();
+    rows(logits, tokens, exits, run, |index, row| {
+        arch::exits(isa, row, taus[index.min(taus.len() - 1)])
+    })
+}
+
+/// What `decide` finds for each row, with its index; on several threads where that is worth it.
+fn rows<T: Logit, R: Send>(
+    logits: &[T],
+    tokens: &mut [i64],
+    results: &mut [R],
+    run: &Run<'_>,
+    decide: impl Fn(usize, &[T]) -> std::result::Result<(usize, R), lanes::Fault> + Sync,
+) -> Result<()> {
+    let count = tokens.len();
+    assert!(count > 0 && results.len() == count && logits.len().is_multiple_of(count));
+    let vocabulary = logits.len() / count;
     if vocabulary == 0 {
         return Err(Error::Empty { argument: "logits" });
     }
-    let outputs = tokens.iter_mut().zip(margins);
-    for (index, (row, (token, margin))) in logits.chunks_exact(vocabulary).zip(outputs).enumerate()
-    {
-        let top2 = arch::top2_margin(isa, row).map_err(|fault| fault.in_row(index))?;
-        *token = top2.token as i64;
-        *margin = top2.margin;
-    }
-    Ok(())
+    let at_a_time = if logits.len() < 2 * WORTH_A_THREAD || run.threads() == 1 {
+        count
+    } else {
+        (WORTH_A_THREAD / 4).div_ceil(vocabulary)
+    };
+    let parts = logits
+        .chunks(at_a_time * vocabulary)
+        .zip(tokens.chunks_mut(at_a_time))
+        .zip(results.chunks_mut(at_a_time))
+        .enumerate();
+    let done = run.map(parts.collect(), |(part, ((logits, tokens), results))| {
+        let outputs = tokens.iter_mut().zip(results);
+        for (row, (logits, (token, result))) in
+            logits.chunks_exact(vocabulary).zip(outputs).enumerate()
+        {
+            let index = part * at_a_time + row;
+            let (found, value) = decide(index, logits).map_err(|fault| fault.in_row(index))?;
+            (*token, *result) = (found as i64, value);
+        }
+        Ok(())
+    })?;
+    done.into_iter().collect()
 }

@@ -1,9 +1,8 @@
 //! The decision on every instruction set: the same bits, near the naive definition in float64.
 
 use half::{bf16, f16};
-use offramp_core::Error;
-use offramp_core::InstructionSet;
-use offramp_core::margin::{Logit, Top2, top2_margin, top2_margin_rows};
+use offramp_core::margin::{Logit, Top2, exits, exits_rows, top2_margin, top2_margin_rows};
+use offramp_core::{Error, InstructionSet, Run};
 use proptest::prelude::*;
 
 /// The first of the largest logits, and p(1) - p(2) from the sorted softmax.
@@ -37,7 +36,24 @@ fn on_every_instruction_set<T: Logit>(logits: &[T]) -> Top2 {
             isa.name()
         );
     }
+    check_exits(logits, expected);
     expected
+}
+
+/// The yes or no is that of the margin, at thresholds on it, beside it and far from it.
+fn check_exits<T: Logit>(logits: &[T], Top2 { token, margin }: Top2) {
+    let margin = f64::from(margin);
+    let beside = [margin.next_down(), margin, margin.next_up()];
+    for isa in InstructionSet::available() {
+        for tau in beside.into_iter().chain([0.0, 0.5, 1.0, f64::INFINITY]) {
+            assert_eq!(
+                exits(isa, logits, tau),
+                Ok((token, margin >= tau)),
+                "{}",
+                isa.name()
+            );
+        }
+    }
 }
 
 fn check<T: Logit>(logits: &[f64], narrow: fn(f64) -> T, widen: fn(T) -> f64) {
@@ -115,27 +131,54 @@ fn every_remainder_of_a_block() {
 
 #[test]
 fn rows_are_those_of_the_matrix_and_the_first_fault_is_named() {
-    let isa = *InstructionSet::available()
-        .last()
-        .expect("portable is always there");
-    let mut logits: Vec<f32> = (0..5 * 700).map(|i| (i * 31 % 97) as f32 * 0.1).collect();
-    let (mut tokens, mut margins) = ([0; 5], [0.0; 5]);
-    top2_margin_rows(isa, &logits, &mut tokens, &mut margins).expect("legal logits");
-    for (row, (token, margin)) in logits.chunks(700).zip(tokens.into_iter().zip(margins)) {
-        assert_eq!(
-            top2_margin(isa, row),
-            Ok(Top2 {
-                token: token as usize,
-                margin
-            })
-        );
+    // Enough for several threads, and a last part that is shorter.
+    const ROWS: usize = 997;
+    let logits: Vec<f32> = (0..ROWS * 700)
+        .map(|i| (i * 31 % 9973) as f32 * 0.01)
+        .collect();
+    let taus: Vec<f64> = (0..ROWS).map(|row| row as f64 / ROWS as f64).collect();
+    for isa in InstructionSet::available() {
+        for threads in [1, 2, 5] {
+            let run = Run::on(threads).with_instruction_set(isa);
+            let (mut tokens, mut margins) = ([0; ROWS], [0.0; ROWS]);
+            top2_margin_rows(&logits, &mut tokens, &mut margins, &run).expect("legal logits");
+            let (mut named, mut exited) = ([0; ROWS], [false; ROWS]);
+            exits_rows(&logits, &taus, &mut named, &mut exited, &run).expect("legal logits");
+            assert_eq!(named, tokens);
+            for (index, row) in logits.chunks(700).enumerate() {
+                let (token, margin) = (tokens[index] as usize, margins[index]);
+                assert_eq!(top2_margin(isa, row), Ok(Top2 { token, margin }));
+                assert_eq!(exited[index], f64::from(margin) >= taus[index]);
+            }
+            let mut faulty = logits.clone();
+            faulty[990 * 700] = f32::NAN;
+            faulty[400 * 700..401 * 700].fill(f32::NEG_INFINITY);
+            let refused = top2_margin_rows(&faulty, &mut tokens, &mut margins, &run);
+            assert_eq!(refused, Err(Error::AllMasked { row: 400 }));
+            let refused = exits_rows(&faulty, &[0.5], &mut tokens, &mut exited, &run);
+            assert_eq!(refused, Err(Error::AllMasked { row: 400 }));
+        }
+        let empty = Err(Error::Empty { argument: "logits" });
+        assert_eq!(top2_margin::<f32>(isa, &[]), empty);
     }
-    logits[4 * 700] = f32::NAN;
-    logits[2 * 700..3 * 700].fill(f32::NEG_INFINITY);
-    let refused = top2_margin_rows(isa, &logits, &mut tokens, &mut margins);
-    assert_eq!(refused, Err(Error::AllMasked { row: 2 }));
-    assert_eq!(
-        top2_margin::<f32>(isa, &[]),
-        Err(Error::Empty { argument: "logits" })
-    );
+}
+
+/// Models whose logits are far from zero or spread wide, and a maximum that is far from the first logits.
+#[test]
+fn wherever_the_logits_lie() {
+    for size in [300, 5_000] {
+        for center in [
+            -2e4, -500.0, -97.0, -64.0, -33.0, 0.0, 40.0, 63.0, 97.0, 2e4,
+        ] {
+            for spread in [0.5, 10.0, 90.0] {
+                let noise = |i: usize| (i * 7919 % 6007) as f64 / 6007.0 - 0.5;
+                let mut logits: Vec<f64> = (0..size).map(|i| center + spread * noise(i)).collect();
+                check_all(&logits);
+                logits[size - 20] = center + 70.0;
+                check_all(&logits);
+                logits[..1024.min(size - 50)].fill(f64::NEG_INFINITY);
+                check_all(&logits);
+            }
+        }
+    }
 }

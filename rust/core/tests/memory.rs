@@ -1,9 +1,11 @@
-//! How much memory a calibration needs beside its input: what it allocates, counted, not what the system reports.
+//! How much memory a call needs beside its input: what it allocates, counted, not what the system reports.
 
 #![expect(unsafe_code, reason = "an allocator that counts is still an allocator")]
 
-use offramp_core::{Rule, Run, fast_calibrate};
+use offramp_core::margin::{exits, top2_margin};
+use offramp_core::{InstructionSet, Rule, Run, fast_calibrate};
 use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 struct Counting;
@@ -11,11 +13,17 @@ struct Counting;
 static HELD: AtomicUsize = AtomicUsize::new(0);
 static PEAK: AtomicUsize = AtomicUsize::new(0);
 
+thread_local! {
+    /// How often this thread has allocated; others, such as the one that reports on tests, may at any time.
+    static OFTEN: Cell<usize> = const { Cell::new(0) };
+}
+
 // SAFETY: every call is passed on to the system's allocator as it came.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         let held = HELD.fetch_add(layout.size(), Relaxed) + layout.size();
         PEAK.fetch_max(held, Relaxed);
+        OFTEN.set(OFTEN.get() + 1);
         // SAFETY: the caller's promises are the system allocator's.
         unsafe { System.alloc(layout) }
     }
@@ -44,6 +52,23 @@ fn uniform(state: &mut u64) -> f64 {
     let mixed = (*state ^ (*state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     ((mixed ^ (mixed >> 31)) >> 11) as f64 / (1u64 << 53) as f64
+}
+
+#[test]
+fn a_decision_allocates_nothing() {
+    for size in [1, 100, 50_000, 300_000] {
+        let mut state = 3;
+        let logits: Vec<f32> = (0..size)
+            .map(|_| uniform(&mut state) as f32 * 9.0)
+            .collect();
+        for isa in InstructionSet::available() {
+            let before = OFTEN.get();
+            top2_margin(isa, &logits).expect("legal logits");
+            exits(isa, &logits, 0.0).expect("legal logits");
+            exits(isa, &logits, 1.0).expect("legal logits");
+            assert_eq!(OFTEN.get(), before, "{size} logits with {}", isa.name());
+        }
+    }
 }
 
 #[test]

@@ -1,80 +1,138 @@
-//! `top2_margin` over numpy memory.
+//! The decision over numpy memory.
 
 use crate::error::refused;
 use crate::isa;
 use half::slice::HalfBitsSliceExt;
 use half::{bf16, f16};
-use numpy::{PyArray1, PyReadonlyArrayDyn, PyUntypedArrayMethods};
+use numpy::{
+    Element, PyArray1, PyArrayMethods, PyReadonlyArray1, PyReadonlyArrayDyn, PyUntypedArrayMethods,
+};
 use offramp_core::margin::{self, Logit, Top2, top2_margin};
+use offramp_core::{Error, Run};
 use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
+use std::sync::LazyLock;
+use std::thread::available_parallelism;
 
 type Row = (usize, f32);
-type Rows<'py> = (Bound<'py, PyArray1<i64>>, Bound<'py, PyArray1<f32>>);
+type Rows<'py, T> = (Bound<'py, PyArray1<i64>>, Bound<'py, PyArray1<T>>);
 
-/// Token and margin of one row: float32, or uint16 holding what `dtype` names.
+/// Threads for the rows of a large batch; asked once, since the system takes longer to tell than a row does.
+static THREADS: LazyLock<usize> = LazyLock::new(|| available_parallelism().map_or(1, Into::into));
+
+/// Evaluate an expression with logits, float32 or uint16 holding what `dtype` names, as a slice and their shape.
+macro_rules! with_logits {
+    ($logits:expr, $dtype:expr, |$slice:ident, $shape:ident| $body:expr) => {
+        match $dtype {
+            "float32" => {
+                let array = $logits.extract::<PyReadonlyArrayDyn<f32>>()?;
+                let ($slice, $shape) = (array.as_slice()?, array.shape());
+                $body
+            }
+            "float16" => {
+                let array = $logits.extract::<PyReadonlyArrayDyn<u16>>()?;
+                let ($slice, $shape) = (array.as_slice()?.reinterpret_cast::<f16>(), array.shape());
+                $body
+            }
+            "bfloat16" => {
+                let array = $logits.extract::<PyReadonlyArrayDyn<u16>>()?;
+                let ($slice, $shape) =
+                    (array.as_slice()?.reinterpret_cast::<bf16>(), array.shape());
+                $body
+            }
+            other => Err(PyTypeError::new_err(format!(
+                "logits has dtype {other}: give float16, bfloat16 or float32"
+            ))),
+        }
+    };
+}
+
+/// Token and margin of one row in a float32 or float16 numpy array that can be read as it is; None for all else.
+#[pyfunction]
+pub fn top2_margin_plain(logits: &Bound<'_, PyAny>) -> PyResult<Option<Row>> {
+    if let Ok(logits) = logits.cast::<PyArray1<f32>>() {
+        return plain(logits);
+    }
+    logits.cast::<PyArray1<f16>>().map_or(Ok(None), plain)
+}
+
+fn plain<T: Logit + Element>(logits: &Bound<'_, PyArray1<T>>) -> PyResult<Option<Row>> {
+    if !logits.is_c_contiguous() || !logits.data().is_aligned() {
+        return Ok(None);
+    }
+    let Ok(logits) = logits.try_readonly() else {
+        return Ok(None);
+    };
+    let Top2 { token, margin } =
+        top2_margin(isa::chosen()?, logits.as_slice()?).map_err(refused)?;
+    Ok(Some((token, margin)))
+}
+
+/// Token and margin of one row.
 #[pyfunction]
 pub fn top2_margin_row(logits: &Bound<'_, PyAny>, dtype: &str) -> PyResult<Row> {
     let isa = isa::chosen()?;
-    let Top2 { token, margin } = match dtype {
-        "float32" => top2_margin(
-            isa,
-            logits.extract::<PyReadonlyArrayDyn<f32>>()?.as_slice()?,
-        ),
-        "float16" => top2_margin(isa, bits(logits)?.as_slice()?.reinterpret_cast::<f16>()),
-        "bfloat16" => top2_margin(isa, bits(logits)?.as_slice()?.reinterpret_cast::<bf16>()),
-        _ => return Err(unknown(dtype)),
+    with_logits!(logits, dtype, |logits, _shape| {
+        let Top2 { token, margin } = top2_margin(isa, logits).map_err(refused)?;
+        Ok((token, margin))
+    })
+}
+
+/// Tokens and margins of the rows of a matrix.
+#[pyfunction]
+pub fn top2_margin_rows<'py>(logits: &Bound<'py, PyAny>, dtype: &str) -> PyResult<Rows<'py, f32>> {
+    with_logits!(logits, dtype, |values, shape| {
+        of_rows(logits.py(), shape[0], |tokens, margins, run| {
+            margin::top2_margin_rows(values, tokens, margins, run)
+        })
+    })
+}
+
+/// One threshold, or one for each row.
+#[derive(FromPyObject)]
+pub enum Taus<'py> {
+    One(f64),
+    Each(PyReadonlyArray1<'py, f64>),
+}
+
+/// Tokens of the rows of a matrix, and whether their margins reach `tau`.
+#[pyfunction]
+pub fn exits_rows<'py>(
+    logits: &Bound<'py, PyAny>,
+    dtype: &str,
+    tau: Taus<'py>,
+) -> PyResult<Rows<'py, bool>> {
+    let taus = match &tau {
+        Taus::One(tau) => std::slice::from_ref(tau),
+        Taus::Each(taus) => taus.as_slice()?,
+    };
+    with_logits!(logits, dtype, |values, shape| {
+        of_rows(logits.py(), shape[0], |tokens, exits, run| {
+            margin::exits_rows(values, taus, tokens, exits, run)
+        })
+    })
+}
+
+/// Let `decide` fill what there is for each row; the GIL is held for a single one, which takes microseconds.
+fn of_rows<T: Element + Copy + Default + Send>(
+    py: Python<'_>,
+    rows: usize,
+    decide: impl FnOnce(&mut [i64], &mut [T], &Run<'_>) -> Result<(), Error> + Send,
+) -> PyResult<Rows<'_, T>> {
+    let isa = isa::chosen()?;
+    let (mut tokens, mut results) = (vec![0; rows], vec![T::default(); rows]);
+    if rows == 1 {
+        let run = Run::on(1).with_instruction_set(isa);
+        decide(&mut tokens, &mut results, &run)
+    } else {
+        py.detach(|| {
+            let run = Run::on(*THREADS).with_instruction_set(isa);
+            decide(&mut tokens, &mut results, &run)
+        })
     }
     .map_err(refused)?;
-    Ok((token, margin))
-}
-
-/// Tokens and margins of the rows of a matrix: float32, or uint16 holding what `dtype` names.
-#[pyfunction]
-pub fn top2_margin_rows<'py>(logits: &Bound<'py, PyAny>, dtype: &str) -> PyResult<Rows<'py>> {
-    let py = logits.py();
-    match dtype {
-        "float32" => {
-            let logits = logits.extract::<PyReadonlyArrayDyn<f32>>()?;
-            of_rows(py, logits.as_slice()?, logits.shape()[0])
-        }
-        "float16" => {
-            let logits = bits(logits)?;
-            of_rows(
-                py,
-                logits.as_slice()?.reinterpret_cast::<f16>(),
-                logits.shape()[0],
-            )
-        }
-        "bfloat16" => {
-            let logits = bits(logits)?;
-            of_rows(
-                py,
-                logits.as_slice()?.reinterpret_cast::<bf16>(),
-                logits.shape()[0],
-            )
-        }
-        _ => Err(unknown(dtype)),
-    }
-}
-
-fn of_rows<'py, T: Logit>(py: Python<'py>, logits: &[T], rows: usize) -> PyResult<Rows<'py>> {
-    let isa = isa::chosen()?;
-    let (mut tokens, mut margins) = (vec![0; rows], vec![0.0; rows]);
-    py.detach(|| margin::top2_margin_rows(isa, logits, &mut tokens, &mut margins))
-        .map_err(refused)?;
     Ok((
         PyArray1::from_vec(py, tokens),
-        PyArray1::from_vec(py, margins),
-    ))
-}
-
-fn bits<'py>(logits: &Bound<'py, PyAny>) -> PyResult<PyReadonlyArrayDyn<'py, u16>> {
-    logits.extract()
-}
-
-fn unknown(dtype: &str) -> PyErr {
-    PyTypeError::new_err(format!(
-        "logits has dtype {dtype}: give float16, bfloat16 or float32"
+        PyArray1::from_vec(py, results),
     ))
 }

@@ -4,20 +4,20 @@
 //! balanced tree; the lanes of consecutive blocks are added in float64, and at the end the sixteen lanes as a
 //! tree.  The last block is filled up with -inf.  An operation is fused only where its product is exact, so
 //! that fusing it changes nothing; the result is one on every machine.
+//!
+//! Terms are exp(l - shift), and what `shift` is depends on the maximum so coarsely that it can be guessed from
+//! the first logits: a row is read once, unless the guess turns out wrong.
 
 use super::Top2;
 use crate::error::Error;
 use half::{bf16, f16};
 
 pub(super) const LANES: usize = 16;
-const PAIR: usize = 2 * LANES;
 const BLOCK: usize = 256;
+const TERMS: usize = BLOCK / LANES;
 
-/// How far below the maximum a logit still counts: exp(-32) is 1.3e-14.
-const CUT_OFF: f32 = 32.0;
-/// From this maximum on logits are shifted by it, which is exact for all that pass the cut-off (Sterbenz);
-/// below it, no shift is needed for the exponent's range and none is made, since it would round.
-const SHIFT_FROM: f32 = 64.0;
+/// Shifts are its multiples; logits lie around the shift, so it keeps their exponentials within float32.
+const WINDOW: f32 = 64.0;
 /// Adding it to a small float32 leaves the rounded integer in the low bits, on top of a float32's exponent bias.
 const ROUNDER: f32 = 12_582_912.0 + 127.0; // 1.5 * 2^23 + bias
 const LOG2_E: f32 = std::f32::consts::LOG2_E;
@@ -29,10 +29,8 @@ pub(super) const LN_2_LOW: f32 = LN_2 - LN_2_HIGH;
 // exp(r) for |r| <= ln(2)/2 to 1.1e-7 relative: 1 + r + r^2 (C[0] + C[1] r + C[2] r^2 + C[3] r^3), minimax.
 const C: [f32; 4] = [0.499_992_3, 0.166_671_15, 0.041_890_33, 0.008_312_5];
 
-/// Float32 lanes and what the algorithm does with them: all an instruction set has to provide.
+/// Sixteen float32 lanes and what the algorithm does with them: all an instruction set has to provide.
 pub trait Simd: Copy {
-    /// Two logits or terms of each of the sixteen lanes.
-    type Pair: Copy;
     /// One float32 a lane.
     type Lanes: Copy;
     /// One float64 a lane.
@@ -40,40 +38,38 @@ pub trait Simd: Copy {
     /// Which logits were NaN.
     type Mask: Copy;
 
-    fn splat(self, value: f32) -> Self::Pair;
-    fn load_f32(self, logits: &[f32; PAIR]) -> Self::Pair;
-    fn load_f16(self, logits: &[f16; PAIR]) -> Self::Pair;
+    fn splat(self, value: f32) -> Self::Lanes;
+    fn load_f32(self, logits: &[f32; LANES]) -> Self::Lanes;
+    fn load_f16(self, logits: &[f16; LANES]) -> Self::Lanes;
     /// May take the even lanes before the odd ones, if [`Simd::add_neighbours_bf16`] knows.
-    fn load_bf16(self, logits: &[bf16; PAIR]) -> Self::Pair;
+    fn load_bf16(self, logits: &[bf16; LANES]) -> Self::Lanes;
 
-    fn add(self, a: Self::Pair, b: Self::Pair) -> Self::Pair;
-    fn sub(self, a: Self::Pair, b: Self::Pair) -> Self::Pair;
-    fn mul(self, a: Self::Pair, b: Self::Pair) -> Self::Pair;
+    fn add(self, a: Self::Lanes, b: Self::Lanes) -> Self::Lanes;
+    fn sub(self, a: Self::Lanes, b: Self::Lanes) -> Self::Lanes;
+    fn mul(self, a: Self::Lanes, b: Self::Lanes) -> Self::Lanes;
+    /// `a` where it is larger, else (also where one is NaN) `b`.
+    fn max(self, a: Self::Lanes, b: Self::Lanes) -> Self::Lanes;
+    /// `a` where it is smaller, else (also where one is NaN) `b`.
+    fn min(self, a: Self::Lanes, b: Self::Lanes) -> Self::Lanes;
     /// `x - n * LN_2`, rounded once: fused, or `(x - n * LN_2_HIGH) - n * LN_2_LOW`, where only the last
     /// operation rounds since n is x / ln 2 to the nearest integer.
-    fn sub_multiple_of_ln_2(self, x: Self::Pair, n: Self::Pair) -> Self::Pair;
-    /// `a` where it is larger, else (also where one is NaN) `b`.
-    fn max(self, a: Self::Pair, b: Self::Pair) -> Self::Pair;
-    /// `a` where it is smaller, else (also where one is NaN) `b`.
-    fn min(self, a: Self::Pair, b: Self::Pair) -> Self::Pair;
+    fn sub_multiple_of_ln_2(self, x: Self::Lanes, n: Self::Lanes) -> Self::Lanes;
     /// The float32 whose exponent is the low bits that [`ROUNDER`] leaves.
-    fn power_of_two(self, rounded: Self::Pair) -> Self::Pair;
+    fn power_of_two(self, rounded: Self::Lanes) -> Self::Lanes;
+    /// `(1 + a) * power`, which may be fused: a power of two only scales, whether before rounding or after it.
+    fn one_plus_times(self, a: Self::Lanes, power: Self::Lanes) -> Self::Lanes;
     /// `a` where `x >= floor`, else 0.
-    fn zero_below(self, a: Self::Pair, x: Self::Pair, floor: Self::Pair) -> Self::Pair;
+    fn zero_below(self, a: Self::Lanes, x: Self::Lanes, floor: Self::Lanes) -> Self::Lanes;
 
     fn no_nan(self) -> Self::Mask;
-    fn or_nan(self, mask: Self::Mask, a: Self::Pair) -> Self::Mask;
+    fn or_nan(self, mask: Self::Mask, a: Self::Lanes, b: Self::Lanes) -> Self::Mask;
     fn any(self, mask: Self::Mask) -> bool;
-    fn largest(self, a: Self::Pair) -> f32;
-    fn smallest(self, a: Self::Pair) -> f32;
+    fn largest(self, a: Self::Lanes) -> f32;
+    fn smallest(self, a: Self::Lanes) -> f32;
 
-    /// Add each lane's two.
-    fn add_pair(self, a: Self::Pair) -> Self::Lanes;
-    /// Add each lane's two of `a * b`, where the products are exact.
-    fn add_pair_of_exact_products(self, a: Self::Pair, b: Self::Pair) -> Self::Lanes;
-    fn add_lanes(self, a: Self::Lanes, b: Self::Lanes) -> Self::Lanes;
     fn zeros(self) -> Self::Doubles;
     fn widening_add(self, sums: Self::Doubles, a: Self::Lanes) -> Self::Doubles;
+    fn widening_sub(self, sums: Self::Doubles, a: Self::Lanes) -> Self::Doubles;
     /// Lane 0 plus lane 1, lane 2 plus lane 3, and so on.
     fn add_neighbours(self, sums: Self::Doubles) -> [f64; LANES / 2];
     /// The same, of lanes in the order of [`Simd::load_bf16`].
@@ -90,14 +86,14 @@ impl Logit for f16 {}
 impl Logit for bf16 {}
 
 mod sealed {
-    use super::{LANES, PAIR, Simd};
+    use super::{LANES, Simd};
     use half::{bf16, f16};
 
     pub trait Logit: Sized {
         const NEG_INFINITY: Self;
         fn to_f32(self) -> f32;
         fn from_f32(value: f32) -> Self;
-        fn load<S: Simd>(simd: S, logits: &[Self; PAIR]) -> S::Pair;
+        fn load<S: Simd>(simd: S, logits: &[Self; LANES]) -> S::Lanes;
         fn add_neighbours<S: Simd>(simd: S, sums: S::Doubles) -> [f64; LANES / 2];
     }
 
@@ -117,7 +113,7 @@ mod sealed {
                 }
 
                 #[inline(always)]
-                fn load<S: Simd>(simd: S, logits: &[Self; PAIR]) -> S::Pair {
+                fn load<S: Simd>(simd: S, logits: &[Self; LANES]) -> S::Lanes {
                     simd.$load(logits)
                 }
 
@@ -159,129 +155,159 @@ impl Fault {
 }
 
 type Block<T> = [T; BLOCK];
-/// Room for the sums of a block's pairs, made once a row.
-type Sums<S> = [<S as Simd>::Lanes; BLOCK / PAIR];
+/// Room for the terms of a block, added by twos; made once a row.
+type Sums<S> = [<S as Simd>::Lanes; TERMS / 2];
 
 /// The token and margin of a row.
 #[inline(always)]
 pub(super) fn top2_margin<S: Simd, T: Logit>(simd: S, logits: &[T]) -> Result<Top2, Fault> {
-    let mut row = Row::new(logits);
-    let peaks = row.find_peaks(simd, logits)?;
-    let scale = Scale::of(peaks.first);
-    let mut sums = [simd.add_pair(simd.splat(0.0)); BLOCK / PAIR];
-    let mut total = simd.zeros();
-    for range in 0..row.ranges() {
-        total = row.add_range(simd, total, range, &scale, &mut sums);
+    let mut row = Row::new(simd, logits);
+    let sums = &mut [simd.splat(0.0); TERMS / 2];
+    row.survey(simd, 0);
+    let scale = Scale::of(row.first);
+    let mut total = row.add_range(simd, simd.zeros(), 0, &scale, sums);
+    for range in 1..row.ranges {
+        row.survey(simd, range);
+        // Once the guess proves wrong, nothing is added any more.
+        if scale.fits(row.first) {
+            total = row.add_range(simd, total, range, &scale, sums);
+        }
     }
-    let others = add_eight(T::add_neighbours(simd, total)) / scale.unit;
+    let peaks = row.find_peaks(simd, logits)?;
+    let others = if scale.fits(peaks.first) {
+        row.without_token(simd, total, &peaks, &scale, sums)
+    } else {
+        row.sum_others(simd, &peaks, sums)
+    };
     Ok(Top2 {
         token: peaks.token,
-        margin: margin(peaks.first, peaks.second, others),
+        margin: peaks.margin(others),
     })
 }
 
-/// p(1) - p(2), given the sum of exp(l_i - l1) over all logits but the largest.
+/// The token of a row and whether its margin reaches `tau`; the sum is left out where the top two tell.
 #[inline(always)]
-fn margin(first: f32, second: f32, others: f64) -> f32 {
-    (one_minus_exp(f64::from(second) - f64::from(first)) / (1.0 + others)) as f32
+pub(super) fn exits<S: Simd, T: Logit>(
+    simd: S,
+    logits: &[T],
+    tau: f64,
+) -> Result<(usize, bool), Fault> {
+    let mut row = Row::new(simd, logits);
+    let sums = &mut [simd.splat(0.0); TERMS / 2];
+    for range in 0..row.ranges {
+        row.survey(simd, range);
+    }
+    let peaks = row.find_peaks(simd, logits)?;
+    let exit = peaks.largest_margin() >= tau
+        && f64::from(peaks.margin(row.sum_others(simd, &peaks, sums))) >= tau;
+    Ok((peaks.token, exit))
 }
 
-/// How many ranges of blocks are remembered, the last of them the row's end.
-const RANGES: usize = 513;
+/// Into how many ranges of blocks a row is divided at most, its end not counted.
+const RANGES: usize = 512;
 
-/// A row in blocks, and what the first pass learns for the second.
-struct Row<'a, T> {
+/// A row in ranges of blocks, and what is known about it.
+struct Row<'a, S: Simd, T> {
     whole: &'a [Block<T>],
     /// What follows the whole blocks, filled up with -inf.
     tail: Block<T>,
-    has_tail: bool,
+    ranges: usize,
     blocks_per_range: usize,
-    /// Between which values a range of blocks lies.
-    extremes: [(f32, f32); RANGES],
-    tokens_block: usize,
-    /// The token's block with -inf in the token's place.
-    without_token: Block<T>,
-}
-
-struct Peaks {
-    token: usize,
+    /// Between which values a range lies.
+    extremes: [(f32, f32); RANGES + 1],
+    /// The largest logit so far, the range it is in, and the largest of other ranges.
     first: f32,
-    second: f32,
+    best: usize,
+    runner_up: f32,
+    nan: S::Mask,
 }
 
-impl<'a, T: Logit> Row<'a, T> {
+impl<'a, S: Simd, T: Logit> Row<'a, S, T> {
     #[inline(always)]
-    fn new(logits: &'a [T]) -> Self {
+    fn new(simd: S, logits: &'a [T]) -> Self {
         let (whole, rest) = logits.as_chunks::<BLOCK>();
         let mut tail = [T::NEG_INFINITY; BLOCK];
         tail[..rest.len()].copy_from_slice(rest);
+        let blocks_per_range = whole.len().div_ceil(RANGES).max(4);
         Self {
             whole,
             tail,
-            has_tail: !rest.is_empty(),
-            blocks_per_range: whole.len().div_ceil(RANGES - 1).max(4),
-            extremes: [(0.0, 0.0); RANGES],
-            tokens_block: 0,
-            without_token: [T::NEG_INFINITY; BLOCK],
+            ranges: whole.len().div_ceil(blocks_per_range)
+                + usize::from(!rest.is_empty() || whole.is_empty()),
+            blocks_per_range,
+            extremes: [(0.0, 0.0); RANGES + 1],
+            first: f32::NEG_INFINITY,
+            best: 0,
+            runner_up: f32::NEG_INFINITY,
+            nan: simd.no_nan(),
         }
     }
 
+    /// The blocks of a range.
     #[inline(always)]
-    fn ranges(&self) -> usize {
-        self.whole.len().div_ceil(self.blocks_per_range) + usize::from(self.has_tail)
-    }
-
-    /// The blocks of a range and the first one's index.
-    #[inline(always)]
-    fn range(&self, range: usize) -> (&[Block<T>], usize) {
+    fn range(&self, range: usize) -> &[Block<T>] {
         let start = range * self.blocks_per_range;
         if start >= self.whole.len() {
-            return (std::slice::from_ref(&self.tail), self.whole.len());
+            return std::slice::from_ref(&self.tail);
         }
-        (
-            &self.whole[start..self.whole.len().min(start + self.blocks_per_range)],
-            start,
-        )
+        &self.whole[start..self.whole.len().min(start + self.blocks_per_range)]
     }
 
-    /// Find the two largest logits.
+    /// Look at a range for the first time.
     #[inline(always)]
-    fn find_peaks<S: Simd>(&mut self, simd: S, logits: &[T]) -> Result<Peaks, Fault> {
-        let (mut best, mut first, mut second) = (0, f32::NEG_INFINITY, f32::NEG_INFINITY);
-        let mut nan = simd.no_nan();
-        for range in 0..self.ranges() {
-            let (low, high) = extremes(simd, self.range(range).0, &mut nan);
-            self.extremes[range] = (low, high);
-            if high > first {
-                (best, first, second) = (range, high, first);
-            } else if high > second {
-                second = high;
-            }
+    fn survey(&mut self, simd: S, range: usize) {
+        let mut nan = self.nan;
+        let (low, high) = extremes(simd, self.range(range), &mut nan);
+        self.nan = nan;
+        self.extremes[range] = (low, high);
+        if high > self.first {
+            (self.best, self.first, self.runner_up) = (range, high, self.first);
+        } else if high > self.runner_up {
+            self.runner_up = high;
         }
-        if simd.any(nan) || first.is_infinite() {
+    }
+
+    /// Find the two largest logits, once all ranges have been looked at.
+    #[inline(always)]
+    fn find_peaks(&self, simd: S, logits: &[T]) -> Result<Peaks<T>, Fault> {
+        if simd.any(self.nan) || self.first.is_infinite() {
             return Err(find_fault(logits));
         }
-        let (blocks, start) = self.range(best);
-        let place = position(blocks.as_flattened(), T::from_f32(first));
-        let mut block = blocks[place / BLOCK];
-        block[place % BLOCK] = T::NEG_INFINITY;
+        let blocks = self.range(self.best);
+        let place = position(blocks.as_flattened(), T::from_f32(self.first));
+        let (with, at) = (&blocks[place / BLOCK], place % BLOCK);
+        let mut without = *with;
+        without[at] = T::NEG_INFINITY;
         let (before, after) = (&blocks[..place / BLOCK], &blocks[place / BLOCK + 1..]);
-        for others in [before, std::slice::from_ref(&block), after] {
+        let (mut second, mut nan) = (self.runner_up, self.nan);
+        for others in [before, std::slice::from_ref(&without), after] {
             let (_, high) = extremes(simd, others, &mut nan);
             second = if high > second { high } else { second };
         }
-        (self.tokens_block, self.without_token) = (start + place / BLOCK, block);
         // Adding +0.0 turns -0.0 into it: which zero a maximum returns depends on the order of its operands.
         Ok(Peaks {
-            token: start * BLOCK + place,
-            first: first + 0.0,
+            token: self.whole.len().min(self.best * self.blocks_per_range) * BLOCK + place,
+            first: self.first + 0.0,
             second: second + 0.0,
+            with: *with,
+            without,
         })
     }
 
-    /// Add the terms of a range, lane by lane, all but the token's.
+    /// The sum of exp(l - l1) over all logits but the token's.
     #[inline(always)]
-    fn add_range<S: Simd>(
+    fn sum_others(&self, simd: S, peaks: &Peaks<T>, sums: &mut Sums<S>) -> f64 {
+        let scale = Scale::of(peaks.first);
+        let mut total = simd.zeros();
+        for range in 0..self.ranges {
+            total = self.add_range(simd, total, range, &scale, sums);
+        }
+        self.without_token(simd, total, peaks, &scale, sums)
+    }
+
+    /// Add the terms of a range, lane by lane.
+    #[inline(always)]
+    fn add_range(
         &self,
         simd: S,
         mut total: S::Doubles,
@@ -289,16 +315,13 @@ impl<'a, T: Logit> Row<'a, T> {
         scale: &Scale,
         sums: &mut Sums<S>,
     ) -> S::Doubles {
-        let (smallest, largest) = self.extremes[range];
-        if largest < scale.floor {
+        let (low, high) = self.extremes[range];
+        if high < scale.floor {
             return total; // every term is 0
         }
-        let plain = smallest >= scale.floor && scale.shift == 0.0;
-        let (blocks, start) = self.range(range);
-        for (index, block) in blocks.iter().enumerate() {
-            let terms = if start + index == self.tokens_block {
-                sum_block::<S, T, false>(simd, &self.without_token, scale, sums)
-            } else if plain {
+        let plain = low >= scale.floor && scale.shift == 0.0;
+        for block in self.range(range) {
+            let terms = if plain {
                 sum_block::<S, T, true>(simd, block, scale, sums)
             } else {
                 sum_block::<S, T, false>(simd, block, scale, sums)
@@ -307,33 +330,88 @@ impl<'a, T: Logit> Row<'a, T> {
         }
         total
     }
+
+    /// What a sum over all logits is without the token's term, in units of that term.
+    ///
+    /// In float32 the token's term would round all that it is added to; so its block is added anew.
+    #[inline(always)]
+    fn without_token(
+        &self,
+        simd: S,
+        total: S::Doubles,
+        peaks: &Peaks<T>,
+        scale: &Scale,
+        sums: &mut Sums<S>,
+    ) -> f64 {
+        let with = sum_block::<S, T, false>(simd, &peaks.with, scale, sums);
+        let without = sum_block::<S, T, false>(simd, &peaks.without, scale, sums);
+        let total = simd.widening_add(simd.widening_sub(total, with), without);
+        add_eight(T::add_neighbours(simd, total)) / scale.term(peaks.first)
+    }
+}
+
+/// The two largest logits, and the block of the largest with it and without.
+struct Peaks<T> {
+    token: usize,
+    first: f32,
+    second: f32,
+    with: Block<T>,
+    without: Block<T>,
+}
+
+impl<T> Peaks<T> {
+    /// p(1) - p(2), given the sum of exp(l - l1) over all logits but the token's.
+    #[inline(always)]
+    fn margin(&self, others: f64) -> f32 {
+        (self.gap() / (1.0 + others)) as f32
+    }
+
+    /// No margin with these two is larger: the second logit is one of the others.
+    ///
+    /// The slack covers the error of the sum, of the division and of rounding to float32, subnormal or not.
+    #[inline(always)]
+    fn largest_margin(&self) -> f64 {
+        let gap = self.gap();
+        gap / (2.0 - gap) * (1.0 + 1e-6) + f64::from(f32::from_bits(1))
+    }
+
+    /// 1 - exp(l2 - l1).
+    #[inline(always)]
+    fn gap(&self) -> f64 {
+        one_minus_exp(f64::from(self.second) - f64::from(self.first))
+    }
 }
 
 /// The smallest and largest logit of some blocks; NaN is marked.
 #[inline(always)]
 fn extremes<S: Simd, T: Logit>(simd: S, blocks: &[Block<T>], nan: &mut S::Mask) -> (f32, f32) {
-    let (pairs, _) = blocks.as_flattened().as_chunks::<PAIR>();
-    let (mut low, mut high) = (simd.splat(f32::INFINITY), simd.splat(f32::NEG_INFINITY));
-    for pair in pairs {
-        let logits = T::load(simd, pair);
-        *nan = simd.or_nan(*nan, logits);
-        low = simd.min(logits, low);
-        high = simd.max(logits, high);
+    let (rows, _) = blocks.as_flattened().as_chunks::<{ 2 * LANES }>();
+    let mut low = [simd.splat(f32::INFINITY); 2];
+    let mut high = [simd.splat(f32::NEG_INFINITY); 2];
+    for row in rows {
+        let (two, _) = row.as_chunks::<LANES>();
+        let (a, b) = (T::load(simd, &two[0]), T::load(simd, &two[1]));
+        *nan = simd.or_nan(*nan, a, b);
+        low = [simd.min(a, low[0]), simd.min(b, low[1])];
+        high = [simd.max(a, high[0]), simd.max(b, high[1])];
     }
-    (simd.smallest(low), simd.largest(high))
+    (
+        simd.smallest(simd.min(low[0], low[1])),
+        simd.largest(simd.max(high[0], high[1])),
+    )
 }
 
 /// The first place that holds `value`; it is among the logits.
 #[inline(always)]
 fn position<T: Logit>(logits: &[T], value: T) -> usize {
-    let (pairs, _) = logits.as_chunks::<PAIR>();
-    let holds = |pair: &[T; PAIR]| {
-        pair.iter()
+    let (rows, _) = logits.as_chunks::<{ 2 * LANES }>();
+    let holds = |row: &[T; 2 * LANES]| {
+        row.iter()
             .fold(false, |found, &logit| found | (logit == value))
     };
-    let pair = pairs.iter().position(holds).unwrap_or(0);
-    pair * PAIR
-        + pairs[pair]
+    let row = rows.iter().position(holds).unwrap_or(0);
+    row * 2 * LANES
+        + rows[row]
             .iter()
             .position(|&logit| logit == value)
             .unwrap_or(0)
@@ -358,34 +436,42 @@ fn find_fault<T: Logit>(logits: &[T]) -> Fault {
 }
 
 /// How the terms of one row are scaled.
+#[derive(PartialEq)]
 struct Scale {
-    /// Logits below it count for nothing.
-    floor: f32,
-    /// Subtracted from every logit.
+    /// Subtracted from every logit: exact for all within 25 of the maximum, and 0 for most models' rows.
     shift: f32,
-    /// [`ROUNDER`] less the exponent of the largest term: terms come out divided by that power of two.
-    rounder: f32,
-    /// The largest term on that scale, between 0.7 and 1.42.
-    unit: f64,
+    /// Logits below it count for nothing; it lies 32 or more below the maximum, and exp(-32) is 1.3e-14.
+    floor: f32,
 }
 
 impl Scale {
+    /// The scale for a row with this maximum.
     #[inline(always)]
     fn of(maximum: f32) -> Self {
-        let shift = if maximum.abs() < SHIFT_FROM {
+        let shift = if (-WINDOW / 2.0..WINDOW).contains(&maximum) {
             0.0
         } else {
-            maximum
+            (maximum / WINDOW).round_ties_even() * WINDOW
         };
-        let shifted = maximum - shift;
-        let exponent = (shifted * LOG2_E + ROUNDER) - ROUNDER;
-        let reduced = f64::from(shifted) - f64::from(exponent) * f64::from(LN_2);
         Self {
-            floor: maximum - CUT_OFF,
             shift,
-            rounder: ROUNDER - exponent,
-            unit: 1.0 + exp_m1_near_zero(reduced),
+            floor: shift - WINDOW,
         }
+    }
+
+    #[inline(always)]
+    fn fits(&self, maximum: f32) -> bool {
+        *self == Self::of(maximum)
+    }
+
+    /// The term of the largest logit in float64, with n and ln 2 as all terms have them.
+    #[inline(always)]
+    fn term(&self, maximum: f32) -> f64 {
+        let x = maximum - self.shift;
+        let n = (x * LOG2_E + ROUNDER) - ROUNDER;
+        let r = f64::from(x) - f64::from(n) * f64::from(LN_2);
+        let power = f64::from_bits(((1023.0 + f64::from(n)) as u64) << 52);
+        (1.0 + exp_m1_near_zero(r)) * power
     }
 }
 
@@ -398,53 +484,65 @@ fn sum_block<S: Simd, T: Logit, const PLAIN: bool>(
     scale: &Scale,
     sums: &mut Sums<S>,
 ) -> S::Lanes {
-    let (pairs, _) = block.as_chunks::<PAIR>();
-    for (sum, pair) in sums.iter_mut().zip(pairs) {
-        *sum = sum_pair::<S, T, PLAIN>(simd, pair, scale);
+    let (rows, _) = block.as_chunks::<LANES>();
+    // Each row is begun before the one ahead of it is finished: a processor itself sees too little ahead.
+    let mut even = begin::<S, T, PLAIN>(simd, &rows[0], scale);
+    for (pair, sum) in sums.iter_mut().enumerate() {
+        let odd = begin::<S, T, PLAIN>(simd, &rows[2 * pair + 1], scale);
+        let first = finish::<S, T, PLAIN>(simd, &rows[2 * pair], even, scale);
+        even = begin::<S, T, PLAIN>(simd, &rows[(2 * pair + 2) % TERMS], scale);
+        let second = finish::<S, T, PLAIN>(simd, &rows[2 * pair + 1], odd, scale);
+        *sum = simd.add(first, second);
     }
-    let first = simd.add_lanes(
-        simd.add_lanes(sums[0], sums[1]),
-        simd.add_lanes(sums[2], sums[3]),
-    );
-    let second = simd.add_lanes(
-        simd.add_lanes(sums[4], sums[5]),
-        simd.add_lanes(sums[6], sums[7]),
-    );
-    simd.add_lanes(first, second)
+    let first = simd.add(simd.add(sums[0], sums[1]), simd.add(sums[2], sums[3]));
+    let second = simd.add(simd.add(sums[4], sums[5]), simd.add(sums[6], sums[7]));
+    simd.add(first, second)
 }
 
+/// Logits less the shift, as a multiple of ln 2 (on top of [`ROUNDER`]) and the rest.
 #[inline(always)]
-fn sum_pair<S: Simd, T: Logit, const PLAIN: bool>(
+fn begin<S: Simd, T: Logit, const PLAIN: bool>(
     simd: S,
-    pair: &[T; PAIR],
+    logits: &[T; LANES],
+    scale: &Scale,
+) -> (S::Lanes, S::Lanes) {
+    let logits = T::load(simd, logits);
+    let x = if PLAIN {
+        logits
+    } else {
+        simd.sub(logits, simd.splat(scale.shift))
+    };
+    let rounder = simd.splat(ROUNDER);
+    let rounded = simd.add(simd.mul(x, simd.splat(LOG2_E)), rounder);
+    (
+        rounded,
+        simd.sub_multiple_of_ln_2(x, simd.sub(rounded, rounder)),
+    )
+}
+
+/// exp(l - shift), or 0 below the floor.
+#[inline(always)]
+fn finish<S: Simd, T: Logit, const PLAIN: bool>(
+    simd: S,
+    logits: &[T; LANES],
+    (rounded, rest): (S::Lanes, S::Lanes),
     scale: &Scale,
 ) -> S::Lanes {
-    let logits = T::load(simd, pair);
+    let term = simd.one_plus_times(exp_m1(simd, rest), simd.power_of_two(rounded));
     if PLAIN {
-        let (exp_r, power) = exp(simd, logits, scale.rounder);
-        return simd.add_pair_of_exact_products(exp_r, power);
+        return term;
     }
-    let (exp_r, power) = exp(
-        simd,
-        simd.sub(logits, simd.splat(scale.shift)),
-        scale.rounder,
-    );
-    simd.add_pair(simd.zero_below(simd.mul(exp_r, power), logits, simd.splat(scale.floor)))
+    simd.zero_below(term, T::load(simd, logits), simd.splat(scale.floor))
 }
 
-/// exp(x) as exp(r) and a power of two.
+/// exp(r) - 1 for |r| <= ln(2)/2.
 #[inline(always)]
-fn exp<S: Simd>(simd: S, x: S::Pair, rounder: f32) -> (S::Pair, S::Pair) {
-    let rounder = simd.splat(rounder);
-    let rounded = simd.add(simd.mul(x, simd.splat(LOG2_E)), rounder);
-    let n = simd.sub(rounded, rounder);
-    let r = simd.sub_multiple_of_ln_2(x, n);
+fn exp_m1<S: Simd>(simd: S, r: S::Lanes) -> S::Lanes {
     let r2 = simd.mul(r, r);
     let low = simd.add(simd.splat(C[0]), simd.mul(simd.splat(C[1]), r));
     let high = simd.add(simd.splat(C[2]), simd.mul(simd.splat(C[3]), r));
     let series = simd.add(low, simd.mul(high, r2));
-    let exp_r = simd.add(simd.splat(1.0), simd.add(r, simd.mul(series, r2)));
-    (exp_r, simd.power_of_two(rounded))
+    simd.add(r, simd.mul(series, r2))
 }
 
 #[inline(always)]
@@ -489,4 +587,94 @@ fn exp_m1_near_zero(r: f64) -> f64 {
             series * r + 1.0 / factorial
         })
         * r
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::arch::portable::Portable;
+    use super::*;
+
+    /// The sum as it is defined: every block, one as another.
+    fn defined_sum(row: &Row<'_, Portable, f32>, peaks: &Peaks<f32>) -> f64 {
+        let (simd, scale) = (Portable, Scale::of(peaks.first));
+        let sums = &mut [simd.splat(0.0); TERMS / 2];
+        let mut total = simd.zeros();
+        for block in row.whole.iter().chain([&row.tail]) {
+            let terms = sum_block::<_, _, false>(simd, block, &scale, sums);
+            total = simd.widening_add(total, terms);
+        }
+        row.without_token(simd, total, peaks, &scale, sums)
+    }
+
+    /// A margin's float32 is too coarse to show terms this small, so their sum is looked at.
+    #[test]
+    fn what_is_skipped_or_not_shifted_adds_the_same() {
+        for top in [
+            0.0, 12.5, -31.5, -32.5, 63.5, 64.0, 95.0, -96.5, 300.0, -1e4, 1e9,
+        ] {
+            let scale = Scale::of(top);
+            let (below, above) = (scale.floor.next_down(), scale.floor.next_up());
+            for kinds in [
+                [below, scale.floor, above],
+                [f32::NEG_INFINITY, top - 1.0, below],
+            ] {
+                // Ranges of 1024 alike, and some of two kinds.
+                for period in [1, 1024, 1500] {
+                    let logit = |i: usize| {
+                        if i == 2000 {
+                            top
+                        } else {
+                            kinds[i / period % 3]
+                        }
+                    };
+                    let logits: Vec<f32> = (0..9 * 1024 + 5).map(logit).collect();
+                    let row = Row::new(Portable, &logits).surveyed();
+                    let peaks = row.find_peaks(Portable, &logits).expect("legal logits");
+                    let sums = &mut [Portable.splat(0.0); TERMS / 2];
+                    let sum = row.sum_others(Portable, &peaks, sums);
+                    assert_eq!(sum.to_bits(), defined_sum(&row, &peaks).to_bits(), "{top}");
+                    let margin = top2_margin(Portable, &logits).map(|top2| top2.margin);
+                    assert_eq!(margin, Ok(peaks.margin(sum)), "{top}");
+                }
+            }
+        }
+    }
+
+    /// With two logits the margin is what the bound is made from, so nothing is to spare but rounding.
+    #[test]
+    fn the_bound_on_the_margin_holds_where_it_is_tight() {
+        let mut gap = 1e-45f64;
+        while gap < 100.0 {
+            for first in [0.0, 3.7, -40.0, 1e3] {
+                let logits = [first, (f64::from(first) - gap) as f32];
+                let Top2 { margin, .. } = top2_margin(Portable, &logits).expect("legal logits");
+                let least = f64::from(margin);
+                assert_eq!(exits(Portable, &logits, least), Ok((0, true)), "{gap}");
+                assert_eq!(
+                    exits(Portable, &logits, least.next_up()),
+                    Ok((0, false)),
+                    "{gap}"
+                );
+                let row = Row::new(Portable, &logits).surveyed();
+                let bound = row
+                    .find_peaks(Portable, &logits)
+                    .expect("legal")
+                    .largest_margin();
+                assert!(
+                    least <= bound && bound <= least * (1.0 + 3e-6) + 1e-44,
+                    "{gap}"
+                );
+            }
+            gap *= 1.05;
+        }
+    }
+
+    impl Row<'_, Portable, f32> {
+        fn surveyed(mut self) -> Self {
+            for range in 0..self.ranges {
+                self.survey(Portable, range);
+            }
+            self
+        }
+    }
 }

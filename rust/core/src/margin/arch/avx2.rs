@@ -1,4 +1,4 @@
-//! Four AVX registers for two logits of sixteen lanes; float16 through F16C.
+//! Two AVX registers for sixteen lanes; float16 through F16C.
 
 use super::super::Top2;
 use super::super::lanes::{self, Fault, LANES, LN_2, Logit, Simd};
@@ -6,11 +6,14 @@ use crate::isa::Avx2;
 use half::{bf16, f16};
 use std::arch::x86_64::*;
 
-const PAIR: usize = 2 * LANES;
-
 pub(super) fn top2_margin<T: Logit>(avx2: Avx2, logits: &[T]) -> Result<Top2, Fault> {
     // SAFETY: `avx2` proves that the processor has what the function is compiled for.
     unsafe { top2_margin_with_avx2(avx2, logits) }
+}
+
+pub(super) fn exits<T: Logit>(avx2: Avx2, logits: &[T], tau: f64) -> Result<(usize, bool), Fault> {
+    // SAFETY: as above.
+    unsafe { exits_with_avx2(avx2, logits, tau) }
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
@@ -18,27 +21,23 @@ fn top2_margin_with_avx2<T: Logit>(avx2: Avx2, logits: &[T]) -> Result<Top2, Fau
     lanes::top2_margin(avx2, logits)
 }
 
+#[target_feature(enable = "avx2,fma,f16c")]
+fn exits_with_avx2<T: Logit>(avx2: Avx2, logits: &[T], tau: f64) -> Result<(usize, bool), Fault> {
+    lanes::exits(avx2, logits, tau)
+}
+
 /// Write the methods of [`Simd`] that are one intrinsic a register.
 macro_rules! lanewise {
     ($($name:ident($($operand:ident),*) = $intrinsic:ident($($argument:ident),*);)*) => {$(
         #[inline(always)]
-        fn $name(self, $($operand: Self::Pair),*) -> Self::Pair {
+        fn $name(self, $($operand: Self::Lanes),*) -> Self::Lanes {
             // SAFETY: `self` proves AVX2 and FMA.
-            unsafe {
-                [
-                    $intrinsic($($argument[0]),*),
-                    $intrinsic($($argument[1]),*),
-                    $intrinsic($($argument[2]),*),
-                    $intrinsic($($argument[3]),*),
-                ]
-            }
+            unsafe { [$intrinsic($($argument[0]),*), $intrinsic($($argument[1]),*)] }
         }
     )*};
 }
 
 impl Simd for Avx2 {
-    /// The first logit of each lane in two registers, the second in the other two.
-    type Pair = [__m256; 4];
     type Lanes = [__m256; 2];
     type Doubles = [__m256d; 4];
     type Mask = __m256;
@@ -51,56 +50,45 @@ impl Simd for Avx2 {
         max(a, b) = _mm256_max_ps(a, b);
         min(a, b) = _mm256_min_ps(a, b);
         power_of_two(rounded) = shift_to_exponent(rounded);
+        one_plus_times(a, power) = _mm256_fmadd_ps(a, power, power);
         zero_below(a, x, floor) = zero_below(a, x, floor);
     }
 
     #[inline(always)]
-    fn splat(self, value: f32) -> Self::Pair {
+    fn splat(self, value: f32) -> Self::Lanes {
         // SAFETY: `self` proves AVX2.
-        unsafe { [_mm256_set1_ps(value); 4] }
+        unsafe { [_mm256_set1_ps(value); 2] }
     }
 
     #[inline(always)]
-    fn load_f32(self, logits: &[f32; PAIR]) -> Self::Pair {
+    fn load_f32(self, logits: &[f32; LANES]) -> Self::Lanes {
         let at = logits.as_ptr();
-        // SAFETY: `self` proves AVX2; the four unaligned loads of eight float32 lie in the thirty-two.
-        unsafe {
-            [
-                _mm256_loadu_ps(at),
-                _mm256_loadu_ps(at.add(8)),
-                _mm256_loadu_ps(at.add(16)),
-                _mm256_loadu_ps(at.add(24)),
-            ]
-        }
+        // SAFETY: `self` proves AVX2; the two unaligned loads of eight float32 lie in the sixteen.
+        unsafe { [_mm256_loadu_ps(at), _mm256_loadu_ps(at.add(8))] }
     }
 
     #[inline(always)]
-    fn load_f16(self, logits: &[f16; PAIR]) -> Self::Pair {
+    fn load_f16(self, logits: &[f16; LANES]) -> Self::Lanes {
         let at = logits.as_ptr().cast::<__m128i>();
-        // SAFETY: `self` proves F16C; the four unaligned loads of eight float16 lie in the thirty-two.
+        // SAFETY: `self` proves F16C; the two unaligned loads of eight float16 lie in the sixteen.
         unsafe {
             [
                 _mm256_cvtph_ps(_mm_loadu_si128(at)),
                 _mm256_cvtph_ps(_mm_loadu_si128(at.add(1))),
-                _mm256_cvtph_ps(_mm_loadu_si128(at.add(2))),
-                _mm256_cvtph_ps(_mm_loadu_si128(at.add(3))),
             ]
         }
     }
 
     /// A bfloat16 is the upper half of its float32: the even lanes are shifted up, the odd ones stand right.
     #[inline(always)]
-    fn load_bf16(self, logits: &[bf16; PAIR]) -> Self::Pair {
-        let at = logits.as_ptr().cast::<__m256i>();
-        // SAFETY: `self` proves AVX2; both unaligned loads of sixteen bfloat16 lie in the thirty-two.
+    fn load_bf16(self, logits: &[bf16; LANES]) -> Self::Lanes {
+        // SAFETY: `self` proves AVX2; the unaligned load of sixteen bfloat16 is all of them.
         unsafe {
-            let (first, second) = (_mm256_loadu_si256(at), _mm256_loadu_si256(at.add(1)));
+            let both = _mm256_loadu_si256(logits.as_ptr().cast());
             let upper = _mm256_set1_epi32(-0x1_0000);
             [
-                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(first)),
-                _mm256_castsi256_ps(_mm256_and_si256(first, upper)),
-                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(second)),
-                _mm256_castsi256_ps(_mm256_and_si256(second, upper)),
+                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(both)),
+                _mm256_castsi256_ps(_mm256_and_si256(both, upper)),
             ]
         }
     }
@@ -112,11 +100,11 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    fn or_nan(self, mask: Self::Mask, a: Self::Pair) -> Self::Mask {
+    fn or_nan(self, mask: Self::Mask, a: Self::Lanes, b: Self::Lanes) -> Self::Mask {
         // SAFETY: `self` proves AVX2.
         unsafe {
             let first = _mm256_cmp_ps::<_CMP_UNORD_Q>(a[0], a[1]);
-            let second = _mm256_cmp_ps::<_CMP_UNORD_Q>(a[2], a[3]);
+            let second = _mm256_cmp_ps::<_CMP_UNORD_Q>(b[0], b[1]);
             _mm256_or_ps(mask, _mm256_or_ps(first, second))
         }
     }
@@ -128,10 +116,10 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    fn largest(self, a: Self::Pair) -> f32 {
+    fn largest(self, a: Self::Lanes) -> f32 {
         // SAFETY: `self` proves AVX2, and with it SSE3.
         unsafe {
-            let eight = _mm256_max_ps(_mm256_max_ps(a[0], a[1]), _mm256_max_ps(a[2], a[3]));
+            let eight = _mm256_max_ps(a[0], a[1]);
             let four = _mm_max_ps(
                 _mm256_castps256_ps128(eight),
                 _mm256_extractf128_ps::<1>(eight),
@@ -142,10 +130,10 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    fn smallest(self, a: Self::Pair) -> f32 {
+    fn smallest(self, a: Self::Lanes) -> f32 {
         // SAFETY: `self` proves AVX2, and with it SSE3.
         unsafe {
-            let eight = _mm256_min_ps(_mm256_min_ps(a[0], a[1]), _mm256_min_ps(a[2], a[3]));
+            let eight = _mm256_min_ps(a[0], a[1]);
             let four = _mm_min_ps(
                 _mm256_castps256_ps128(eight),
                 _mm256_extractf128_ps::<1>(eight),
@@ -153,29 +141,6 @@ impl Simd for Avx2 {
             let two = _mm_min_ps(four, _mm_movehl_ps(four, four));
             _mm_cvtss_f32(_mm_min_ss(two, _mm_movehdup_ps(two)))
         }
-    }
-
-    #[inline(always)]
-    fn add_pair(self, a: Self::Pair) -> Self::Lanes {
-        // SAFETY: `self` proves AVX2.
-        unsafe { [_mm256_add_ps(a[0], a[2]), _mm256_add_ps(a[1], a[3])] }
-    }
-
-    #[inline(always)]
-    fn add_pair_of_exact_products(self, a: Self::Pair, b: Self::Pair) -> Self::Lanes {
-        // SAFETY: `self` proves AVX2 and FMA.
-        unsafe {
-            [
-                _mm256_fmadd_ps(a[0], b[0], _mm256_mul_ps(a[2], b[2])),
-                _mm256_fmadd_ps(a[1], b[1], _mm256_mul_ps(a[3], b[3])),
-            ]
-        }
-    }
-
-    #[inline(always)]
-    fn add_lanes(self, a: Self::Lanes, b: Self::Lanes) -> Self::Lanes {
-        // SAFETY: `self` proves AVX2.
-        unsafe { [_mm256_add_ps(a[0], b[0]), _mm256_add_ps(a[1], b[1])] }
     }
 
     #[inline(always)]
@@ -188,11 +153,26 @@ impl Simd for Avx2 {
     fn widening_add(self, sums: Self::Doubles, a: Self::Lanes) -> Self::Doubles {
         // SAFETY: `self` proves AVX2.
         unsafe {
+            let [w, x, y, z] = widen(a);
             [
-                _mm256_add_pd(sums[0], _mm256_cvtps_pd(_mm256_castps256_ps128(a[0]))),
-                _mm256_add_pd(sums[1], _mm256_cvtps_pd(_mm256_extractf128_ps::<1>(a[0]))),
-                _mm256_add_pd(sums[2], _mm256_cvtps_pd(_mm256_castps256_ps128(a[1]))),
-                _mm256_add_pd(sums[3], _mm256_cvtps_pd(_mm256_extractf128_ps::<1>(a[1]))),
+                _mm256_add_pd(sums[0], w),
+                _mm256_add_pd(sums[1], x),
+                _mm256_add_pd(sums[2], y),
+                _mm256_add_pd(sums[3], z),
+            ]
+        }
+    }
+
+    #[inline(always)]
+    fn widening_sub(self, sums: Self::Doubles, a: Self::Lanes) -> Self::Doubles {
+        // SAFETY: `self` proves AVX2.
+        unsafe {
+            let [w, x, y, z] = widen(a);
+            [
+                _mm256_sub_pd(sums[0], w),
+                _mm256_sub_pd(sums[1], x),
+                _mm256_sub_pd(sums[2], y),
+                _mm256_sub_pd(sums[3], z),
             ]
         }
     }
@@ -217,6 +197,21 @@ fn store(sums: [__m256d; 4]) -> [f64; LANES] {
         unsafe { _mm256_storeu_pd(four.as_mut_ptr(), register) };
     }
     lanes
+}
+
+/// # Safety
+/// The processor has AVX2.
+#[inline(always)]
+unsafe fn widen(a: [__m256; 2]) -> [__m256d; 4] {
+    // SAFETY: the caller's promise.
+    unsafe {
+        [
+            _mm256_cvtps_pd(_mm256_castps256_ps128(a[0])),
+            _mm256_cvtps_pd(_mm256_extractf128_ps::<1>(a[0])),
+            _mm256_cvtps_pd(_mm256_castps256_ps128(a[1])),
+            _mm256_cvtps_pd(_mm256_extractf128_ps::<1>(a[1])),
+        ]
+    }
 }
 
 /// # Safety

@@ -7,83 +7,86 @@ use std::array::from_fn;
 #[derive(Debug, Clone, Copy)]
 pub(in super::super) struct Portable;
 
-const PAIR: usize = 2 * LANES;
-type Pair = [f32; PAIR];
+type Lanes = [f32; LANES];
 
 impl Simd for Portable {
-    type Pair = Pair;
-    type Lanes = [f32; LANES];
+    type Lanes = Lanes;
     type Doubles = [f64; LANES];
-    type Mask = [bool; PAIR];
+    type Mask = [bool; LANES];
 
     #[inline(always)]
-    fn splat(self, value: f32) -> Pair {
-        [value; PAIR]
+    fn splat(self, value: f32) -> Lanes {
+        [value; LANES]
     }
 
     #[inline(always)]
-    fn load_f32(self, logits: &[f32; PAIR]) -> Pair {
+    fn load_f32(self, logits: &[f32; LANES]) -> Lanes {
         *logits
     }
 
     #[inline(always)]
-    fn load_f16(self, logits: &[f16; PAIR]) -> Pair {
+    fn load_f16(self, logits: &[f16; LANES]) -> Lanes {
         from_fn(|i| widen_f16(logits[i]))
     }
 
     #[inline(always)]
-    fn load_bf16(self, logits: &[bf16; PAIR]) -> Pair {
+    fn load_bf16(self, logits: &[bf16; LANES]) -> Lanes {
         from_fn(|i| f32::from_bits(u32::from(logits[i].to_bits()) << 16))
     }
 
     #[inline(always)]
-    fn add(self, a: Pair, b: Pair) -> Pair {
+    fn add(self, a: Lanes, b: Lanes) -> Lanes {
         from_fn(|i| a[i] + b[i])
     }
 
     #[inline(always)]
-    fn sub(self, a: Pair, b: Pair) -> Pair {
+    fn sub(self, a: Lanes, b: Lanes) -> Lanes {
         from_fn(|i| a[i] - b[i])
     }
 
     #[inline(always)]
-    fn mul(self, a: Pair, b: Pair) -> Pair {
+    fn mul(self, a: Lanes, b: Lanes) -> Lanes {
         from_fn(|i| a[i] * b[i])
     }
 
     #[inline(always)]
-    fn sub_multiple_of_ln_2(self, x: Pair, n: Pair) -> Pair {
+    fn sub_multiple_of_ln_2(self, x: Lanes, n: Lanes) -> Lanes {
         from_fn(|i| (x[i] - n[i] * LN_2_HIGH) - n[i] * LN_2_LOW)
     }
 
     #[inline(always)]
-    fn max(self, a: Pair, b: Pair) -> Pair {
+    fn max(self, a: Lanes, b: Lanes) -> Lanes {
         from_fn(|i| if a[i] > b[i] { a[i] } else { b[i] })
     }
 
     #[inline(always)]
-    fn min(self, a: Pair, b: Pair) -> Pair {
+    fn min(self, a: Lanes, b: Lanes) -> Lanes {
         from_fn(|i| if a[i] < b[i] { a[i] } else { b[i] })
     }
 
     #[inline(always)]
-    fn power_of_two(self, rounded: Pair) -> Pair {
+    fn power_of_two(self, rounded: Lanes) -> Lanes {
         from_fn(|i| f32::from_bits(rounded[i].to_bits() << 23))
     }
 
     #[inline(always)]
-    fn zero_below(self, a: Pair, x: Pair, floor: Pair) -> Pair {
+    fn one_plus_times(self, a: Lanes, power: Lanes) -> Lanes {
+        from_fn(|i| (1.0 + a[i]) * power[i])
+    }
+
+    #[inline(always)]
+    fn zero_below(self, a: Lanes, x: Lanes, floor: Lanes) -> Lanes {
         from_fn(|i| if x[i] >= floor[i] { a[i] } else { 0.0 })
     }
 
     #[inline(always)]
     fn no_nan(self) -> Self::Mask {
-        [false; PAIR]
+        [false; LANES]
     }
 
     #[inline(always)]
-    fn or_nan(self, mask: Self::Mask, a: Pair) -> Self::Mask {
-        from_fn(|i| mask[i] | a[i].is_nan())
+    fn or_nan(self, mask: Self::Mask, a: Lanes, b: Lanes) -> Self::Mask {
+        from_fn(|i| mask[i] | a[i].is_nan() | b[i].is_nan())
     }
 
     #[inline(always)]
@@ -92,30 +95,15 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
-    fn largest(self, a: Pair) -> f32 {
+    fn largest(self, a: Lanes) -> f32 {
         a.into_iter()
             .fold(f32::NEG_INFINITY, |a, b| if a > b { a } else { b })
     }
 
     #[inline(always)]
-    fn smallest(self, a: Pair) -> f32 {
+    fn smallest(self, a: Lanes) -> f32 {
         a.into_iter()
             .fold(f32::INFINITY, |a, b| if a < b { a } else { b })
-    }
-
-    #[inline(always)]
-    fn add_pair(self, a: Pair) -> Self::Lanes {
-        from_fn(|i| a[i] + a[i + LANES])
-    }
-
-    #[inline(always)]
-    fn add_pair_of_exact_products(self, a: Pair, b: Pair) -> Self::Lanes {
-        self.add_pair(self.mul(a, b))
-    }
-
-    #[inline(always)]
-    fn add_lanes(self, a: Self::Lanes, b: Self::Lanes) -> Self::Lanes {
-        from_fn(|i| a[i] + b[i])
     }
 
     #[inline(always)]
@@ -124,8 +112,13 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
-    fn widening_add(self, sums: Self::Doubles, a: Self::Lanes) -> Self::Doubles {
+    fn widening_add(self, sums: Self::Doubles, a: Lanes) -> Self::Doubles {
         from_fn(|i| sums[i] + f64::from(a[i]))
+    }
+
+    #[inline(always)]
+    fn widening_sub(self, sums: Self::Doubles, a: Lanes) -> Self::Doubles {
+        from_fn(|i| sums[i] - f64::from(a[i]))
     }
 
     #[inline(always)]
