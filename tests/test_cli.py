@@ -275,21 +275,35 @@ def test_an_interrupt_ends_with_130(capsys, monkeypatch):
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_bench_prints_a_number_for_every_contender(capsys):
+def test_bench_prints_a_number_for_every_contender(capsys, tmp_path):
+    picture = tmp_path / "speed.png"
     arguments = ("bench", "--samples", "2000", "--vocabulary", "500", "--rounds", "1", "--quiet")
-    seconds = json.loads(ok(capsys, *arguments, "--json"))["seconds"]
+    seconds = json.loads(ok(capsys, *arguments, "--json", "--plot", str(picture)))["seconds"]
     assert set(seconds) == {"calibrate", "decide"}
     assert set(seconds["decide"]) == {"500 float32", "500 float16", "500 bfloat16"}
-    for contenders in (seconds["calibrate"], *seconds["decide"].values()):
-        assert {"offramp"} < set(contenders)
+    assert set(seconds["calibrate"]["by_size"]) == {"1000", "2000"}
+    suites = [
+        *seconds["calibrate"].pop("by_size").values(),
+        *seconds["calibrate"].values(),
+        *seconds["decide"].values(),
+    ]
+    for contenders in suites:
+        assert contenders
         assert all(value > 0 for value in contenders.values())
-    assert "offramp" in ok(capsys, *arguments)
+    assert {"offramp", "one read of the inputs", "numpy argsort + cumsum"} <= set(suites[0])
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_bench_prints_tables(capsys):
+    printed = ok(capsys, "bench", "calibrate", "--samples", "1000", "--rounds", "1")
+    for words in ("from 1,000 scores", "one read of the inputs", "4 heads, 20 targets", "all equal"):
+        assert words in printed
 
 
 def test_bench_refuses_to_time_contenders_that_disagree(capsys, monkeypatch):
-    monkeypatch.setattr("offramp.cli.bench._first_good", lambda scores, correct: -1.0)
+    monkeypatch.setattr("offramp.evaluation.peers.calibration._lowest", lambda ordered, good: -1.0)
     assert run(["bench", "calibrate", "--samples", "100", "--rounds", "1"]) == 1
-    assert "disagree" in capsys.readouterr().err
+    assert "another threshold" in capsys.readouterr().err
 
 
 # processes of their own

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
-from numpy.typing import NDArray
 from rich.table import Table
 
 from offramp import machine
-from offramp.calibration import fast_calibrate
 from offramp.cli.session import Session, with_session
+from offramp.evaluation import calibration_speed
 from offramp.evaluation.peers.decision import (
     DTYPES,
     OURS,
@@ -32,7 +31,11 @@ _EPS = 0.9
 @click.command()
 @click.argument("what", type=click.Choice(["all", "calibrate", "decide"]), default="all")
 @click.option(
-    "--samples", type=click.IntRange(1), default=1_000_000, show_default=True, help="Scores to calibrate on."
+    "--samples",
+    type=click.IntRange(1),
+    default=1_000_000,
+    show_default=True,
+    help="Scores to calibrate on, at most.",
 )
 @click.option(
     "--vocabulary",
@@ -42,19 +45,23 @@ _EPS = 0.9
 @click.option(
     "--rounds", type=click.IntRange(1), default=15, show_default=True, help="Timed runs of each contender."
 )
+@click.option(
+    "--plot",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Draw seconds against the number of scores into this picture (png, svg, pdf).",
+)
 @with_session
-def bench(session: Session, what: str, samples: int, vocabulary: int | None, rounds: int) -> None:
-    """Time the core beside numpy and torch.
+def bench(
+    session: Session, what: str, samples: int, vocabulary: int | None, rounds: int, plot: Path | None
+) -> None:
+    """Time the core beside its peers, all in turn.
 
-    Threshold search on float32, exit decision in every dtype; contenders in turns.
+    Threshold search on 1000, 10,000, ... scores up to --samples, as far as memory goes, and exit decision in every
+    dtype.
     """
-    random = np.random.default_rng(session.seed)
     results: dict[str, Any] = {}
     if what in ("all", "calibrate"):
-        searches = _calibrate(random, samples, session.threads)
-        session.say(f"timing calibrate: {', '.join(searches)}")
-        results["calibrate"] = _timed(searches, _same, rounds)
-        session.show(_table(f"threshold for ε = {_EPS} from {samples:,} scores", results["calibrate"]))
+        results["calibrate"] = _calibrate(session, samples, rounds, plot)
     if what in ("all", "decide"):
         results["decide"] = _decisions(session, vocabulary, rounds)
     session.show(", ".join(f"{name} {value}" for name, value in machine.describe().items()))
@@ -78,38 +85,30 @@ def _timed(contenders: Contenders, same: Callable[[Any, Any], bool], rounds: int
     return {key: seconds / repeats for key, seconds in timed.items()}
 
 
-def _calibrate(random: np.random.Generator, samples: int, threads: int | None) -> Contenders:
-    scores = random.random(samples, dtype=np.float32)
-    correct = random.random(samples, dtype=np.float32) < 0.5 + 0.5 * scores
-    contenders: Contenders = {
-        "offramp": lambda: fast_calibrate(scores, correct, _EPS, threads=threads),
-        "numpy argsort + cumsum": lambda: _numpy_threshold(scores, correct),
+def _calibrate(session: Session, samples: int, rounds: int, plot: Path | None) -> dict[str, Any]:
+    """Time thresholds: by size with the peers, for heads and targets, and for kinds of scores."""
+    options: dict[str, Any] = {"rounds": rounds, "threads": session.threads, "seed": session.seed}
+    sizes = [size for size in (10**power for power in range(3, 12)) if size < samples] + [samples]
+    rows = []
+    for row in calibration_speed.by_size(sizes, eps=_EPS, **options):
+        session.say(f"timed {row[0]:,} scores: {', '.join(row[1])}")
+        rows.append(row)
+    for size, seconds in rows:
+        session.show(_table(f"threshold for ε = {_EPS} from {size:,} scores", seconds))
+    if plot is not None:
+        calibration_speed.draw(rows, plot)
+        session.say(f"wrote {plot}")
+    few = min(samples, 1_000_000)
+    session.say("timing heads and targets, kinds of scores")
+    pairs, (heads, targets) = calibration_speed.heads_and_targets(few, **options)
+    session.show(_table(f"{heads} heads, {targets} targets, {few:,} scores a head", pairs))
+    kinds = calibration_speed.by_kind(few, eps=_EPS, **options)
+    session.show(_table(f"offramp on {few:,} scores of each kind", kinds))
+    return {
+        "by_size": {str(size): seconds for size, seconds in rows},
+        "heads_and_targets": pairs,
+        "kinds": kinds,
     }
-    if find_spec("torch") is not None:
-        import torch  # noqa: PLC0415 - an optional dependency
-
-        scores_tensor, correct_tensor = torch.from_numpy(scores), torch.from_numpy(correct)
-
-        def with_torch() -> float:
-            ordered, order = torch.sort(scores_tensor)
-            return _first_good(ordered.numpy(), correct_tensor[order].numpy())
-
-        contenders["torch.sort + cumsum"] = with_torch
-    return contenders
-
-
-def _numpy_threshold(scores: NDArray[np.float32], correct: NDArray[np.bool_]) -> float:
-    order = np.argsort(scores)
-    return _first_good(scores[order], correct[order])
-
-
-def _first_good(scores: NDArray[np.float32], correct: NDArray[np.bool_]) -> float:
-    """Find the threshold in ascending scores, as most evaluation scripts do, but minding ties."""
-    right = np.cumsum(correct[::-1])[::-1]
-    accuracy = right / np.arange(len(scores), 0, -1)
-    starts = np.append(True, scores[1:] != scores[:-1])
-    good = np.flatnonzero(starts & (accuracy >= _EPS))
-    return float(scores[good[0]]) if len(good) else float("inf")
 
 
 def _decisions(session: Session, vocabulary: int | None, rounds: int) -> dict[str, dict[str, float]]:
@@ -139,10 +138,6 @@ def _decision_table(seconds: dict[str, dict[str, float]]) -> Table:
         )
         table.add_row(f"{int(size):,}", dtype, f"{1e6 * ours:,.1f}", *peers, f"{ours / found[READ]:.1f}")
     return table
-
-
-def _same(one: float, other: float) -> bool:
-    return one == other
 
 
 def _close(one: Any, other: Any) -> bool:
@@ -176,11 +171,12 @@ def _table(title: str, seconds: dict[str, float]) -> Table:
     table = Table(title=title, title_justify="left")
     table.add_column("")
     table.add_column("median", justify="right")
-    table.add_column("times offramp", justify="right")
+    first = next(iter(seconds.values()))
+    table.add_column(f"times {next(iter(seconds))}", justify="right")
     for name, value in seconds.items():
         table.add_row(
             name,
             f"{value * 1e6:,.1f} µs" if value < 1e-3 else f"{value * 1e3:,.2f} ms",
-            f"{value / seconds['offramp']:.2f}",
+            f"{value / first:.2f}",
         )
     return table

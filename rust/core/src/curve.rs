@@ -37,18 +37,38 @@ pub fn threshold_curve<S: Score>(scores: &[S], correct: &[u8], run: &Run) -> Res
     Ok(curve)
 }
 
-/// The keys of the correct and of the wrong samples, each ascending.
-///
-/// Where only counts matter, sorting bare keys twice moves less memory than sorting keys with a flag attached.
-pub(crate) struct Ascending<K> {
-    correct: Vec<K>,
-    wrong: Vec<K>,
+/// Samples in ascending order of their keys, where only counts matter.
+pub(crate) enum Ascending<K> {
+    /// Each key with its flag in its lowest bit, which positive scores leave room for.
+    Together(Vec<K>),
+    /// The keys of the correct and of the wrong samples: to sort bare keys twice moves less memory than to sort
+    /// keys with a flag attached.
+    Apart { correct: Vec<K>, wrong: Vec<K> },
 }
 
 impl<K: Key> Ascending<K> {
     /// Sort the samples.
     pub fn sorted(samples: &impl Pairs<Key = K>, run: &Run) -> Result<Self> {
-        let (mut right, mut wrong) = (Vec::new(), Vec::new());
+        let mut together = Vec::with_capacity(samples.len());
+        let mut positive = true;
+        for start in (0..samples.len()).step_by(PIECE) {
+            run.check()?;
+            let piece = start..samples.len().min(start + PIECE);
+            together.extend(piece.map(|index| {
+                let (key, flag) = samples.get(index);
+                positive &= key.is_positive();
+                key.with_flag(flag)
+            }));
+            if !positive {
+                drop(together);
+                return Self::sorted_apart(samples, run);
+            }
+        }
+        Ok(Self::Together(sort_keys(together, run)?))
+    }
+
+    fn sorted_apart(samples: &impl Pairs<Key = K>, run: &Run) -> Result<Self> {
+        let (mut correct, mut wrong) = (Vec::new(), Vec::new());
         for start in (0..samples.len()).step_by(PIECE) {
             run.check()?;
             for index in start..samples.len().min(start + PIECE) {
@@ -56,42 +76,79 @@ impl<K: Key> Ascending<K> {
                 if flag == 0 {
                     wrong.push(key)
                 } else {
-                    right.push(key)
+                    correct.push(key)
                 }
             }
         }
-        Ok(Self {
-            correct: sort_keys(right, run)?,
+        Ok(Self::Apart {
+            correct: sort_keys(correct, run)?,
             wrong: sort_keys(wrong, run)?,
         })
     }
 
     /// Visit the groups of equal keys, ascending, until told to stop: the key, and what is accepted from it up,
     /// with `above` more above all of them.
-    pub fn groups(&self, above: Counts, mut visit: impl FnMut(K, Counts) -> ControlFlow<()>) {
-        let (mut right, mut wrong) = (&self.correct[..], &self.wrong[..]);
-        let all = Counts {
-            accepted: right.len() + wrong.len(),
-            correct: right.len(),
-        };
-        let mut left = above + all;
-        while let Some(key) = right
-            .first()
-            .into_iter()
-            .chain(wrong.first())
-            .min()
-            .copied()
-        {
-            let correct = take_equal(&mut right, key);
-            let group = Counts {
-                accepted: correct + take_equal(&mut wrong, key),
-                correct,
-            };
-            if visit(key, left).is_break() {
-                return;
-            }
-            left = left - group;
+    pub fn groups(&self, above: Counts, visit: impl FnMut(K, Counts) -> ControlFlow<()>) {
+        match self {
+            Self::Together(keys) => groups_together(keys, above, visit),
+            Self::Apart { correct, wrong } => groups_apart(correct, wrong, above, visit),
         }
+    }
+}
+
+fn groups_together<K: Key>(
+    keys: &[K],
+    above: Counts,
+    mut visit: impl FnMut(K, Counts) -> ControlFlow<()>,
+) {
+    let flags = keys.iter().map(|key| usize::from(key.apart().1));
+    let mut left = above
+        + Counts {
+            accepted: keys.len(),
+            correct: flags.sum(),
+        };
+    let mut last = None;
+    for &together in keys {
+        let (key, flag) = together.apart();
+        if last != Some(key) && visit(key, left).is_break() {
+            return;
+        }
+        last = Some(key);
+        left = left
+            - Counts {
+                accepted: 1,
+                correct: usize::from(flag),
+            };
+    }
+}
+
+fn groups_apart<K: Key>(
+    mut right: &[K],
+    mut wrong: &[K],
+    above: Counts,
+    mut visit: impl FnMut(K, Counts) -> ControlFlow<()>,
+) {
+    let all = Counts {
+        accepted: right.len() + wrong.len(),
+        correct: right.len(),
+    };
+    let mut left = above + all;
+    while let Some(key) = right
+        .first()
+        .into_iter()
+        .chain(wrong.first())
+        .min()
+        .copied()
+    {
+        let correct = take_equal(&mut right, key);
+        let group = Counts {
+            accepted: correct + take_equal(&mut wrong, key),
+            correct,
+        };
+        if visit(key, left).is_break() {
+            return;
+        }
+        left = left - group;
     }
 }
 

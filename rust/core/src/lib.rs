@@ -21,6 +21,7 @@ mod search;
 mod sketch;
 mod sort;
 mod survivors;
+mod table;
 mod tally;
 mod threshold;
 mod validate;

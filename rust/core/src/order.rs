@@ -16,6 +16,12 @@ pub trait Key: Copy + Ord + Debug + Default + Send + Sync + 'static {
     fn index(self) -> usize;
     /// The key with that index.
     fn from_index(index: usize) -> Self;
+    /// Whether the score is zero or more, which leaves the highest bit free for a flag below the lowest.
+    fn is_positive(self) -> bool;
+    /// A positive key and a flag in one, in the order of the keys.
+    fn with_flag(self, flag: u8) -> Self;
+    /// The key and the flag put together by [`with_flag`](Self::with_flag).
+    fn apart(self) -> (Self, u8);
 }
 
 /// A floating-point type scores may have.
@@ -50,6 +56,21 @@ macro_rules! key {
             #[inline(always)]
             fn from_index(index: usize) -> Self {
                 index as $bits
+            }
+
+            #[inline(always)]
+            fn is_positive(self) -> bool {
+                self >> (Self::BITS - 1) == 1
+            }
+
+            #[inline(always)]
+            fn with_flag(self, flag: u8) -> Self {
+                self << 1 | Self::from(flag)
+            }
+
+            #[inline(always)]
+            fn apart(self) -> (Self, u8) {
+                (self >> 1 | 1 << (Self::BITS - 1), (self & 1) as u8)
             }
         }
     )*};

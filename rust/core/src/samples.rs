@@ -3,19 +3,19 @@
 use crate::error::Result;
 use crate::order::{Key, Score};
 use crate::run::Run;
-use crate::scan::Compress;
+use crate::scan::{Parts, Vectors};
 use crate::tally::Counts;
 use crate::validate::require_valid;
 use std::fmt::Debug;
 
 /// How many samples are looked at together; their keys and weights stay in the first-level cache.
-pub(crate) const BLOCK: usize = 512;
+pub(crate) const BLOCK: usize = 1024;
 
 /// A signed integer in the scores' order.  Signed, because that is what vector units compare.
 ///
 /// No finite score has the key `MIN` or `MAX`: `MIN` can fill a block up, and `MAX` is above all.
 pub(crate) trait Lane:
-    Compress + Copy + Ord + Debug + Default + Send + Sync + 'static
+    Vectors + Copy + Ord + Debug + Default + Send + Sync + 'static
 {
     /// A key and its flag in one: `2 * (key - low) + flag` for keys less than half the range above some `low`.
     type Packed: Copy + Default + Send + Sync + 'static;
@@ -25,7 +25,14 @@ pub(crate) trait Lane:
     const MAX: Self;
     const ZERO: Self;
 
+    /// The key of the highest finite score; its complement is that of the lowest.
+    const HIGHEST: Self;
+
     fn next(self) -> Self;
+    /// How far this key lies above a lower one.
+    fn above(self, low: Self) -> u64;
+    /// The key so far above this one, or `MAX`.
+    fn raised(self, distance: u128) -> Self;
     /// The lowest key whose distance from this one can be packed.
     fn reach_down(self) -> Self;
 
@@ -35,22 +42,36 @@ pub(crate) trait Lane:
     /// One sample: counts of up to [`BLOCK`] samples add up without a carry from one half into the other.
     fn weight(flag: u8) -> Self;
     fn counts(self) -> Counts;
+    /// The weight with 32 bits for each count.
+    fn word(self) -> u64;
     fn pack(self, low: Self, weight: Self) -> Self::Packed;
     fn unpack(packed: Self::Packed) -> (Self, Self);
 }
 
 macro_rules! lane {
-    ($lane:ty, $bits:ty, $half:expr) => {
+    ($lane:ty, $bits:ty, $half:expr, $highest:expr) => {
         impl Lane for $lane {
             type Packed = $bits;
             type Key = $bits;
             const MIN: Self = <$lane>::MIN;
             const MAX: Self = <$lane>::MAX;
             const ZERO: Self = 0;
+            const HIGHEST: Self = $highest;
 
             #[inline(always)]
             fn next(self) -> Self {
                 self.wrapping_add(1)
+            }
+
+            #[inline(always)]
+            fn above(self, low: Self) -> u64 {
+                u64::from(self.wrapping_sub(low) as $bits)
+            }
+
+            fn raised(self, distance: u128) -> Self {
+                <$bits>::try_from(distance).map_or(Self::MAX, |distance| {
+                    self.checked_add_unsigned(distance).unwrap_or(Self::MAX)
+                })
             }
 
             fn reach_down(self) -> Self {
@@ -87,6 +108,13 @@ macro_rules! lane {
             }
 
             #[inline(always)]
+            fn word(self) -> u64 {
+                let bits = self as $bits;
+                let (accepted, correct) = (bits & ((1 << $half) - 1), bits >> $half);
+                u64::from(accepted) | u64::from(correct) << 32
+            }
+
+            #[inline(always)]
             fn pack(self, low: Self, weight: Self) -> $bits {
                 (self.wrapping_sub(low) as $bits) << 1 | (weight as $bits) >> $half
             }
@@ -99,8 +127,8 @@ macro_rules! lane {
     };
 }
 
-lane!(i32, u32, 16);
-lane!(i64, u64, 32);
+lane!(i32, u32, 16, 0x7f7f_ffff);
+lane!(i64, u64, 32, 0x7fef_ffff_ffff_ffff);
 
 /// Keys and weights of consecutive samples, filled up with weightless ones.
 pub(crate) struct Block<L> {
@@ -175,11 +203,11 @@ macro_rules! given {
                 let count = BLOCK.min(self.len() - start);
                 let scores = &self.scores[start..start + count];
                 let correct = &self.correct[start..start + count];
-                let (mut infinite, mut lowest) = (0, <$lane>::MAX);
+                let (mut lowest, mut highest) = (<$lane>::MAX, <$lane>::MIN);
                 for (key, score) in block.keys.iter_mut().zip(scores) {
                     *key = <$lane>::of(score.key());
                     lowest = lowest.min(*key);
-                    infinite |= <$lane>::from(!Score::is_finite(*score));
+                    highest = highest.max(*key);
                 }
                 let (mut flags, mut sum) = (0, 0);
                 for (weight, &flag) in block.weights.iter_mut().zip(correct) {
@@ -192,7 +220,8 @@ macro_rules! given {
                 Loaded {
                     weight: sum,
                     lowest,
-                    valid: infinite == 0 && flags <= 1,
+                    // Infinities lie beyond the finite scores, and NaN beyond them.
+                    valid: highest <= <$lane>::HIGHEST && lowest >= !<$lane>::HIGHEST && flags <= 1,
                 }
             }
 
@@ -207,19 +236,41 @@ given!(f32, i32);
 given!(f64, i64);
 
 /// Samples gathered from a range of keys, which count from the range's low end.
-pub(crate) struct Gathered<L: Lane>(pub Vec<L::Packed>);
+pub(crate) struct Gathered<L: Lane> {
+    parts: Parts<L>,
+    /// The index of each part's first sample, and the number of all.
+    starts: Vec<usize>,
+}
+
+impl<L: Lane> Gathered<L> {
+    pub fn new(parts: Parts<L>) -> Self {
+        let mut starts = vec![0];
+        for part in &parts {
+            starts.push(starts[starts.len() - 1] + part.len());
+        }
+        Self { parts, starts }
+    }
+
+    /// The part a sample is in, and its place there.
+    #[inline(always)]
+    fn find(&self, index: usize) -> (usize, usize) {
+        let part = self.starts.partition_point(|&start| start <= index) - 1;
+        (part, index - self.starts[part])
+    }
+}
 
 impl<L: Lane> Pairs for Gathered<L> {
     type Key = L::Key;
 
     #[inline(always)]
     fn len(&self) -> usize {
-        self.0.len()
+        self.starts[self.parts.len()]
     }
 
     #[inline(always)]
     fn get(&self, index: usize) -> (L::Key, u8) {
-        let (key, weight) = L::unpack(self.0[index]);
+        let (part, place) = self.find(index);
+        let (key, weight) = L::unpack(self.parts[part][place]);
         (key.key(), weight.counts().correct as u8)
     }
 }
@@ -229,13 +280,20 @@ impl<L: Lane> Samples for Gathered<L> {
 
     #[inline(always)]
     fn load(&self, start: usize, block: &mut Block<L>) -> Loaded<L> {
-        let count = BLOCK.min(self.len() - start);
-        let places = block.keys.iter_mut().zip(&mut block.weights);
-        let (mut sum, mut lowest) = (L::ZERO, L::MAX);
-        for ((key, weight), &packed) in places.zip(&self.0[start..start + count]) {
-            (*key, *weight) = L::unpack(packed);
-            sum = sum.add(*weight);
-            lowest = lowest.min(*key);
+        let (mut part, mut place) = self.find(start);
+        let (mut sum, mut lowest, mut count) = (L::ZERO, L::MAX, 0);
+        while count < BLOCK && part < self.parts.len() {
+            let rest = &self.parts[part][place..];
+            let rest = &rest[..rest.len().min(BLOCK - count)];
+            let keys = block.keys[count..].iter_mut();
+            let places = keys.zip(&mut block.weights[count..]);
+            for ((key, weight), &packed) in places.zip(rest) {
+                (*key, *weight) = L::unpack(packed);
+                sum = sum.add(*weight);
+                lowest = lowest.min(*key);
+            }
+            count += rest.len();
+            (part, place) = (part + 1, 0);
         }
         block.keys[count..].fill(L::MIN);
         block.weights[count..].fill(L::ZERO);

@@ -6,7 +6,7 @@ use crate::error::Result;
 use crate::run::Run;
 use crate::samples::{BLOCK, Block, Lane, Samples};
 use crate::tally::Counts;
-pub(crate) use arch::Compress;
+pub(crate) use arch::{Pass, Simd, Vectors, pass};
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -15,7 +15,7 @@ const PIECE: usize = 1 << 20;
 /// Fewer samples are scanned by the calling thread alone: starting another takes as long.
 const WORTH_A_THREAD: usize = 1 << 17;
 /// Edges compared with a key that is loaded once.
-const TOGETHER: usize = 4;
+const TOGETHER: usize = 6;
 
 /// What a pass looks for.
 #[derive(Debug)]
@@ -36,11 +36,14 @@ pub(crate) struct Survey<L: Lane> {
     pub counts: Vec<Counts>,
     /// The lowest key.
     pub lowest: L,
-    /// The samples of each range, in their order; none at all if there was no room.
-    pub gathered: Option<Vec<Vec<L::Packed>>>,
+    /// The samples of each range, in their order and in parts; none at all if there was no room.
+    pub gathered: Option<Vec<Parts<L>>>,
     /// Whether all samples are valid; if not, the rest means nothing.
     pub valid: bool,
 }
+
+/// Packed samples, in the parts they were gathered in: to join them would take twice the memory.
+pub(crate) type Parts<L> = Vec<Vec<<L as Lane>::Packed>>;
 
 /// Pass over all samples once.
 pub(crate) fn survey<X: Samples>(
@@ -48,31 +51,36 @@ pub(crate) fn survey<X: Samples>(
     plan: &Plan<X::Lane>,
     run: &Run,
 ) -> Result<Survey<X::Lane>> {
-    let len = samples.len();
+    let gathered = AtomicUsize::new(0);
+    let isa = run.instruction_set();
+    let parts = run.map(pieces(samples.len(), run), |part| {
+        let scan = Scan {
+            samples,
+            part,
+            plan,
+            gathered: &gathered,
+        };
+        pass(isa, scan)
+    })?;
+    let mut whole = Survey::new(plan);
+    for part in parts {
+        whole.append(part);
+    }
+    Ok(whole)
+}
+
+/// What one thread looks at before it takes more work.
+pub(crate) fn pieces(len: usize, run: &Run) -> Vec<Range<usize>> {
     let piece = match run.threads() {
         threads if threads > 1 && len >= WORTH_A_THREAD => (len / (4 * threads))
             .next_multiple_of(BLOCK)
             .clamp(WORTH_A_THREAD / 4, PIECE),
         _ => PIECE,
     };
-    let pieces = (0..len)
+    (0..len)
         .step_by(piece)
         .map(|start| start..len.min(start + piece))
-        .collect();
-    let gathered = AtomicUsize::new(0);
-    let isa = run.instruction_set();
-    let parts = run.map(pieces, |range| {
-        arch::scan(isa, samples, range, plan, &gathered)
-    })?;
-    let mut whole = Survey::new(plan);
-    for (place, list) in whole.gathered.iter_mut().flatten().enumerate() {
-        let parts = parts.iter().flat_map(|part| &part.gathered);
-        list.reserve_exact(parts.map(|lists| lists[place].len()).sum());
-    }
-    for part in parts {
-        whole.append(part);
-    }
-    Ok(whole)
+        .collect()
 }
 
 impl<L: Lane> Survey<L> {
@@ -96,8 +104,8 @@ impl<L: Lane> Survey<L> {
             .take()
             .zip(next.gathered)
             .map(|(mut gathered, next)| {
-                for (samples, mut more) in gathered.iter_mut().zip(next) {
-                    samples.append(&mut more);
+                for (parts, more) in gathered.iter_mut().zip(next) {
+                    parts.extend(more.into_iter().filter(|part| !part.is_empty()));
                 }
                 gathered
             });
@@ -107,64 +115,70 @@ impl<L: Lane> Survey<L> {
     }
 }
 
-/// Scan a part of the samples.  Inlined into a function for each instruction set, which compiles it anew.
-#[inline(always)]
-fn scan<X: Samples>(
-    samples: &X,
+/// Scan a part of the samples.
+struct Scan<'a, X: Samples> {
+    samples: &'a X,
     part: Range<usize>,
-    plan: &Plan<X::Lane>,
-    gathered: &AtomicUsize,
-    compress: impl Fn(&Block<X::Lane>, &Range<X::Lane>, &mut Vec<<X::Lane as Lane>::Packed>),
-) -> Survey<X::Lane> {
-    let mut survey = Survey::new(plan);
-    let mut block = Block::new();
-    for start in part.step_by(BLOCK) {
-        let loaded = samples.load(start, &mut block);
-        survey.total += loaded.weight.counts();
-        survey.lowest = survey.lowest.min(loaded.lowest);
-        survey.valid &= loaded.valid;
-        let groups = plan
-            .edges
-            .chunks(TOGETHER)
-            .zip(survey.counts.chunks_mut(TOGETHER));
-        for (edges, counts) in groups {
-            match *edges {
-                [a, b, c, d] => count(&block, [a, b, c, d], counts),
-                [a, b, c] => count(&block, [a, b, c], counts),
-                [a, b] => count(&block, [a, b], counts),
-                [a] => count(&block, [a], counts),
-                _ => {}
-            }
-        }
-        let Some(lists) = &mut survey.gathered else {
-            continue;
-        };
-        let before: usize = lists.iter().map(Vec::len).sum();
-        for (range, list) in plan.ranges.iter().zip(lists.iter_mut()) {
-            compress(&block, range, list);
-        }
-        let found = lists.iter().map(Vec::len).sum::<usize>() - before;
-        if found > 0 && gathered.fetch_add(found, Ordering::Relaxed) + found > plan.room {
-            survey.gathered = None;
-        }
-    }
-    survey
-        .gathered
-        .iter_mut()
-        .flatten()
-        .for_each(Vec::shrink_to_fit);
-    survey
+    plan: &'a Plan<X::Lane>,
+    /// How many samples all threads have gathered.
+    gathered: &'a AtomicUsize,
 }
 
-/// Add the samples at or above each edge to its counts.
-#[inline(always)]
-fn count<L: Lane, const N: usize>(block: &Block<L>, edges: [L; N], counts: &mut [Counts]) {
-    let mut sums = [L::ZERO; N];
-    for (&key, &weight) in block.keys.iter().zip(&block.weights) {
-        for (sum, edge) in sums.iter_mut().zip(edges) {
-            *sum = sum.add(if key >= edge { weight } else { L::ZERO });
+impl<X: Samples> Pass<X::Lane> for Scan<'_, X> {
+    type Found = Survey<X::Lane>;
+
+    #[inline(always)]
+    fn run(self, simd: impl Simd<X::Lane>) -> Survey<X::Lane> {
+        let plan = self.plan;
+        let mut survey = Survey::new(plan);
+        let mut lists: Option<Parts<X::Lane>> =
+            Some(plan.ranges.iter().map(|_| Vec::new()).collect());
+        let mut block = Block::new();
+        for start in self.part.step_by(BLOCK) {
+            let loaded = self.samples.load(start, &mut block);
+            survey.total += loaded.weight.counts();
+            survey.lowest = survey.lowest.min(loaded.lowest);
+            survey.valid &= loaded.valid;
+            let groups = plan
+                .edges
+                .chunks(TOGETHER)
+                .zip(survey.counts.chunks_mut(TOGETHER));
+            for (edges, counts) in groups {
+                match *edges {
+                    [a, b, c, d, e, f] => add(counts, simd.count(&block, [a, b, c, d, e, f])),
+                    [a, b, c, d, e] => add(counts, simd.count(&block, [a, b, c, d, e])),
+                    [a, b, c, d] => add(counts, simd.count(&block, [a, b, c, d])),
+                    [a, b, c] => add(counts, simd.count(&block, [a, b, c])),
+                    [a, b] => add(counts, simd.count(&block, [a, b])),
+                    [a] => add(counts, simd.count(&block, [a])),
+                    _ => {}
+                }
+            }
+            let Some(open) = &mut lists else { continue };
+            let mut found = 0;
+            for (range, list) in plan.ranges.iter().zip(open) {
+                let before = list.len();
+                simd.gather(&block, range, list);
+                found += list.len() - before;
+            }
+            let all = || self.gathered.fetch_add(found, Ordering::Relaxed) + found;
+            if found > 0 && all() > plan.room {
+                lists = None;
+            }
         }
+        survey.gathered = lists.map(|lists| {
+            let part = |mut list: Vec<_>| {
+                list.shrink_to_fit();
+                vec![list]
+            };
+            lists.into_iter().map(part).collect()
+        });
+        survey
     }
+}
+
+#[inline(always)]
+fn add<L: Lane, const N: usize>(counts: &mut [Counts], sums: [L; N]) {
     for (counts, sum) in counts.iter_mut().zip(sums) {
         *counts += sum.counts();
     }

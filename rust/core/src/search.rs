@@ -7,9 +7,10 @@
 use crate::error::Result;
 use crate::exhaust::exhaust;
 use crate::run::Run;
-use crate::samples::{Gathered, Lane, Pairs, Samples};
-use crate::scan::{Plan, Survey, survey};
-use crate::sketch::Sketch;
+use crate::samples::{Gathered, Lane, Samples};
+use crate::scan::{Parts, Plan, survey};
+use crate::sketch::{Sketch, probe};
+use crate::table::{Cells, tabulate};
 use crate::tally::{Counts, Target};
 use crate::threshold::Rule;
 use std::collections::BTreeMap;
@@ -17,12 +18,21 @@ use std::ops::Range;
 
 /// Samples that are sorted rather than searched.
 const FEW: usize = 512;
+/// Samples from which on a guess pays; fewer are counted in a table at once.
+const WORTH_A_SKETCH: usize = 1 << 17;
+/// Targets from which on the table of all is cheaper than edges around the guess for each.
+const WORTH_A_TABLE: usize = 3;
 /// Targets from which on one sort answers faster than a search for each.
-const MANY_TARGETS: usize = 32;
+const MANY_TARGETS: usize = 64;
+/// Cells of a table at most, so that it stays in the first-level cache, and samples it should have for each.
+const CELLS: usize = 1 << 12;
+const SAMPLES_A_CELL: usize = 32;
+/// The share of the samples between two open spans up to which they are looked into as one.
+const GAP: usize = 64;
 /// Samples always worth gathering, whatever share of the data they are.
 const ROOM: usize = 1 << 18;
 /// The share of a large input that is gathered at most before the search goes on by counting.
-const ROOM_SHARE: usize = 24;
+const ROOM_SHARE: usize = 11;
 /// Passes after the first before the search gives way to a sort.
 const PASSES: usize = 3;
 
@@ -39,32 +49,17 @@ pub(crate) fn search<X: Samples>(
         return exhaust(samples, above, targets, rule, run);
     }
     let room = ROOM.max(len / ROOM_SHARE);
-    let sketch = Sketch::draw(samples, sketch_size(len), run)?;
-    let cuts = sketch.cuts(above, targets, room);
-    let edges = cuts.edges.iter().map(|(key, _)| *key).collect();
-    let plan = Plan {
-        edges,
-        ranges: cuts.ranges,
-        room,
-    };
-    let found = survey(samples, &plan, run)?;
-    if !found.valid {
-        samples.validate(run)?;
-    }
-    let map = Map::new(&cuts.edges, &found, above);
     let mut held: Held<X::Lane> = BTreeMap::new();
-    for (range, list) in plan
-        .ranges
-        .into_iter()
-        .zip(found.gathered.unwrap_or_default())
-    {
-        held.insert(range.end, (range.start, list));
-    }
+    let guessed = guess(samples, above, targets, room, &mut held, run)?;
+    let (map, gap) = match guessed {
+        Some(map) => (map, None),
+        None => (count_in_cells(samples, above, run)?, Some(len / GAP)),
+    };
 
     let mut answers = vec![None; targets.len()];
-    let open = map.open_spans(targets, rule);
+    let open = map.open_ranges(targets, rule, gap);
     let mut passes = 0;
-    for (place, &(span, ref wanting)) in open.iter().enumerate() {
+    for (place, (spans, wanting)) in open.iter().enumerate() {
         let unanswered = |wanting: &[usize]| {
             wanting
                 .iter()
@@ -76,33 +71,30 @@ pub(crate) fn search<X: Samples>(
         if wanting.is_empty() {
             continue;
         }
-        let end = map.key(span + 1);
-        // Whatever was planned, only a list of all the span's samples will do.
-        let is_whole = |list: &Vec<_>| list.len() == map.inside(span).accepted;
-        if !held.get(&end).is_some_and(|(_, list)| is_whole(list)) {
+        let end = map.key(spans.end);
+        // Whatever was planned, only a list of all the spans' samples will do.
+        let inside = map.inside(spans).accepted;
+        let is_whole = |parts: &Parts<X::Lane>| parts.iter().map(Vec::len).sum::<usize>() == inside;
+        if !held.get(&end).is_some_and(|(_, parts)| is_whole(parts)) {
             let next = open[place..]
                 .iter()
                 .filter(|(_, wanting)| !unanswered(wanting).is_empty());
-            let ranges = lowest_up_to(room, next.map(|(span, _)| *span), &map);
+            let ranges = lowest_up_to(room, next.map(|(spans, _)| spans), &map);
             passes += 1;
             let packs = ranges
                 .iter()
                 .all(|range| range.end.reach_down() <= range.start);
-            if passes > PASSES || !packs || map.inside(span).accepted > len / 2 {
+            if passes > PASSES || !packs || inside > len / 2 {
                 return exhaust(samples, above, targets, rule, run);
             }
             gather(samples, ranges, &mut held, run)?;
         }
-        let (start, list) = held.remove(&end).unwrap_or((end, Vec::new()));
-        let within = Gathered::<X::Lane>(list);
+        let (start, parts) = held.remove(&end).unwrap_or((end, Vec::new()));
+        let within = Gathered::<X::Lane>::new(parts);
         let wanted: Vec<Target> = wanting.iter().map(|&target| targets[target]).collect();
         // A search that keeps most of its samples gets nowhere.
-        let find = if within.len() > len / 2 {
-            exhaust
-        } else {
-            search
-        };
-        let lowest = find(&within, map.counts(span + 1), &wanted, rule, run)?;
+        let find = if inside > len / 2 { exhaust } else { search };
+        let lowest = find(&within, map.counts(spans.end), &wanted, rule, run)?;
         for (target, key) in wanting.into_iter().zip(lowest) {
             answers[target] = key.map(|key| start.add(key));
         }
@@ -116,27 +108,88 @@ pub(crate) fn search<X: Samples>(
 }
 
 /// Samples gathered from ranges: the range's end, its start, and the samples, which count from there.
-type Held<L> = BTreeMap<L, (L, Vec<<L as Lane>::Packed>)>;
+type Held<L> = BTreeMap<L, (L, Parts<L>)>;
+
+/// Count above a few edges around the guess, and gather what is likely to be looked into; none where that would be
+/// too much.
+fn guess<X: Samples>(
+    samples: &X,
+    above: Counts,
+    targets: &[Target],
+    room: usize,
+    held: &mut Held<X::Lane>,
+    run: &Run,
+) -> Result<Option<Map<X::Lane>>> {
+    let len = samples.len();
+    if len < WORTH_A_SKETCH || targets.len() >= WORTH_A_TABLE {
+        return Ok(None);
+    }
+    let sketch = Sketch::draw(samples, sketch_size(len), run)?;
+    let Some(cuts) = sketch.cuts(above, targets, room) else {
+        return Ok(None);
+    };
+    let plan = Plan {
+        edges: cuts.edges.iter().map(|(key, _)| *key).collect(),
+        ranges: cuts.ranges,
+        room,
+    };
+    let found = survey(samples, &plan, run)?;
+    if !found.valid {
+        samples.validate(run)?;
+    }
+    for (range, parts) in plan
+        .ranges
+        .into_iter()
+        .zip(found.gathered.unwrap_or_default())
+    {
+        held.insert(range.end, (range.start, parts));
+    }
+    let edges = cuts.edges.into_iter().zip(found.counts);
+    Ok(Some(Map::new(edges, found.lowest, found.total, above)))
+}
+
+/// Count in cells of equal width over the keys that most samples have.
+fn count_in_cells<X: Samples>(samples: &X, above: Counts, run: &Run) -> Result<Map<X::Lane>> {
+    let (low, high) = probe(samples);
+    let most = (samples.len() / SAMPLES_A_CELL).clamp(2, CELLS);
+    let cells = Cells::over(low, high, 1 << most.ilog2());
+    let found = tabulate(samples, &cells, run)?;
+    if !found.valid {
+        samples.validate(run)?;
+    }
+    let next = found.counts[1..]
+        .iter()
+        .chain([&Counts::default()])
+        .copied()
+        .collect::<Vec<_>>();
+    let exists = found
+        .counts
+        .iter()
+        .zip(next)
+        .map(|(counts, next)| cells.are_keys() && *counts != next);
+    let edges = cells.edges().zip(exists).zip(found.counts.iter().copied());
+    Ok(Map::new(edges, found.lowest, found.total, above))
+}
 
 /// A larger sample gathers less; about here both cost the same.
 fn sketch_size(len: usize) -> usize {
     (len as f64).powf(2.0 / 3.0) as usize
 }
 
-/// The lowest spans that hold about `room` samples together, at least one.
-fn lowest_up_to<L: Lane>(
+/// The lowest ranges that hold about `room` samples together, at least one.
+fn lowest_up_to<'a, L: Lane>(
     room: usize,
-    spans: impl Iterator<Item = usize>,
+    ranges: impl Iterator<Item = &'a Range<usize>>,
     map: &Map<L>,
 ) -> Vec<Range<L>> {
     let mut total = 0;
-    spans
-        .take_while(|&span| {
+    ranges
+        .take_while(|spans| {
             let first = total == 0;
-            total += map.inside(span).accepted;
+            total += map.inside(spans).accepted;
             first || total <= room
         })
-        .map(|span| map.range(span))
+        .map(|spans| map.key(spans.start)..map.key(spans.end))
         .collect()
 }
 
@@ -153,8 +206,8 @@ fn gather<X: Samples>(
         room: usize::MAX,
     };
     let lists = survey(samples, &plan, run)?.gathered.unwrap_or_default();
-    for (range, list) in plan.ranges.into_iter().zip(lists) {
-        held.insert(range.end, (range.start, list));
+    for (range, parts) in plan.ranges.into_iter().zip(lists) {
+        held.insert(range.end, (range.start, parts));
     }
     Ok(())
 }
@@ -172,11 +225,17 @@ struct Edge<L> {
 }
 
 impl<L: Lane> Map<L> {
-    fn new(edges: &[(L, bool)], found: &Survey<L>, above: Counts) -> Self {
-        let lowest = Edge {
-            key: found.lowest,
+    /// From edges that exist or not, with the counts from each one up.
+    fn new(
+        edges: impl Iterator<Item = ((L, bool), Counts)>,
+        lowest: L,
+        total: Counts,
+        above: Counts,
+    ) -> Self {
+        let start = Edge {
+            key: lowest,
             exists: true,
-            counts: found.total + above,
+            counts: total + above,
         };
         let end = Edge {
             key: L::MAX,
@@ -184,19 +243,14 @@ impl<L: Lane> Map<L> {
             counts: above,
         };
         let between = edges
-            .iter()
-            .zip(&found.counts)
-            .map(|(&(key, exists), &counts)| Edge {
+            .map(|((key, exists), counts)| Edge {
                 key,
                 exists,
                 counts: counts + above,
             })
-            .filter(|edge| edge.key > found.lowest);
+            .filter(|edge| lowest < edge.key && edge.key < L::MAX);
         Self {
-            edges: std::iter::once(lowest)
-                .chain(between)
-                .chain([end])
-                .collect(),
+            edges: std::iter::once(start).chain(between).chain([end]).collect(),
         }
     }
 
@@ -208,14 +262,9 @@ impl<L: Lane> Map<L> {
         self.edges[edge].counts
     }
 
-    /// The keys of a span.
-    fn range(&self, span: usize) -> Range<L> {
-        self.key(span)..self.key(span + 1)
-    }
-
-    /// The samples in a span.
-    fn inside(&self, span: usize) -> Counts {
-        self.counts(span) - self.counts(span + 1)
+    /// The samples in spans that follow one another.
+    fn inside(&self, spans: &Range<usize>) -> Counts {
+        self.counts(spans.start) - self.counts(spans.end)
     }
 
     fn first_that_reaches(&self, target: Target) -> Option<usize> {
@@ -224,32 +273,58 @@ impl<L: Lane> Map<L> {
             .position(|edge| edge.exists && edge.counts.reach(target))
     }
 
-    /// Spans that may hold a threshold lower than the first edge that is one, ascending, with the targets in question.
-    fn open_spans(&self, targets: &[Target], rule: Rule) -> Vec<(usize, Vec<usize>)> {
-        let ends: Vec<usize> = targets
-            .iter()
-            .map(|&target| {
-                self.first_that_reaches(target)
-                    .unwrap_or(self.edges.len() - 1)
-            })
-            .collect();
-        let wanting = |span: usize| -> Vec<usize> {
-            (0..targets.len())
-                .filter(|&t| span < ends[t] && self.is_open(span, targets[t], rule))
-                .collect()
-        };
-        let spans = 0..self.edges.len() - 1;
-        spans
-            .map(|span| (span, wanting(span)))
-            .filter(|(_, wanting)| !wanting.is_empty())
-            .collect()
+    /// Spans that may hold the lowest threshold, ascending, with the targets in question; open spans with no more
+    /// than `gap` samples between them are one range.
+    fn open_ranges(
+        &self,
+        targets: &[Target],
+        rule: Rule,
+        gap: Option<usize>,
+    ) -> Vec<(Range<usize>, Vec<usize>)> {
+        let mut wanting: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
+        for (place, &target) in targets.iter().enumerate() {
+            for span in self.open_spans(target, rule) {
+                wanting.entry(span).or_default().push(place);
+            }
+        }
+        let mut ranges: Vec<(Range<usize>, Vec<usize>)> = Vec::new();
+        for (span, mut targets) in wanting {
+            let joins = |range: &Range<usize>| {
+                gap.is_some_and(|gap| self.inside(&(range.end..span)).accepted <= gap)
+            };
+            match ranges.last_mut().filter(|(range, _)| joins(range)) {
+                Some((range, others)) => {
+                    range.end = span + 1;
+                    others.append(&mut targets);
+                    others.sort_unstable();
+                    others.dedup();
+                }
+                None => ranges.push((span..span + 1, targets)),
+            }
+        }
+        ranges
     }
 
-    fn is_open(&self, span: usize, target: Target, rule: Rule) -> bool {
-        let (low, high) = (&self.edges[span], &self.edges[span + 1]);
-        // The only threshold in a span of one key is the key, and its count has been looked at; by the index rule,
-        // each of the samples is one.
-        let decided = rule == Rule::Set && low.exists && low.key.next() == high.key;
-        !decided && low.counts.might_reach_above(high.counts, target)
+    /// Spans that may hold a threshold lower than the first edge that is one.
+    fn open_spans(&self, target: Target, rule: Rule) -> Vec<usize> {
+        let mut open = Vec::new();
+        for (span, edges) in self.edges.windows(2).enumerate() {
+            let (low, high) = (&edges[0], &edges[1]);
+            let reaches = low.counts.reach(target);
+            if low.exists && reaches {
+                break;
+            }
+            // The only threshold in a span of one key is the key, and its count has been looked at; by the index
+            // rule, each of the samples is one.
+            let decided = rule == Rule::Set && low.exists && low.key.next() == high.key;
+            if !decided && low.counts.might_reach_above(high.counts, target) {
+                open.push(span);
+            }
+            // The lowest sample of the span is a threshold.
+            if reaches && low.counts.accepted > high.counts.accepted {
+                break;
+            }
+        }
+        open
     }
 }

@@ -10,16 +10,16 @@ use crate::tally::{Counts, Target};
 use std::collections::BTreeMap;
 use std::ops::{ControlFlow, Range};
 
-/// Neighbours drawn together: they share a cache line or two.
-const NEIGHBOURS: usize = 8;
+/// Neighbours drawn together: they share a cache line or two, and most of what a draw costs is to fetch those.
+const NEIGHBOURS: usize = 16;
 /// Standard errors on either side of the guess: wider means more samples gathered, narrower more second passes.
 const SURE: f64 = 3.0;
 /// Standard errors kept in hand when ranges below the guess are cut so wide that their counts will rule them out.
 const LIKELY: f64 = 2.5;
 /// Cuts below the guess, at most.
 const CUTS_BELOW: usize = 12;
-/// Pieces a bracket is cut into that holds too many samples to be gathered.
-const CUTS_INSIDE: usize = 24;
+/// Samples looked at to learn the range of most.
+const PROBES: usize = 128;
 /// The share of all samples from which on equal ones are counted apart.
 const HEAVY: usize = 64;
 
@@ -71,9 +71,9 @@ impl<L: Lane> Sketch<L> {
         })
     }
 
-    /// Plan a pass for all targets, which gathers about `room` samples at most; hardest target first, since its
-    /// threshold is the highest and its cuts serve the others below.
-    pub fn cuts(&self, above: Counts, targets: &[Target], room: usize) -> Cuts<L> {
+    /// Plan a pass for all targets, hardest target first, since its threshold is the highest and its cuts serve the
+    /// others below; none if it would gather more than about `room` samples.
+    pub fn cuts(&self, above: Counts, targets: &[Target], room: usize) -> Option<Cuts<L>> {
         let mut draft = Draft {
             edges: BTreeMap::new(),
             wanted: Vec::new(),
@@ -89,7 +89,7 @@ impl<L: Lane> Sketch<L> {
             self.cut_inside(&mut draft, &bracket);
             guess.cut_below(&mut draft, bracket.start);
         }
-        draft.finish()
+        (draft.room >= 0.0).then(|| draft.finish())
     }
 
     /// The key of a group, or the end of all keys.
@@ -102,37 +102,27 @@ impl<L: Lane> Sketch<L> {
         self.counts.get(group).copied().unwrap_or_default()
     }
 
-    /// Cut where the threshold is guessed to be: gather it if it is small, else count it in pieces; count frequent
-    /// keys apart, so that there is nothing to gather of them.
+    /// Gather where the threshold is guessed to be, but count frequent keys apart, so that there is nothing to
+    /// gather of them.
     fn cut_inside(&self, draft: &mut Draft<L>, bracket: &Range<usize>) {
-        let drawn = self.counts(0).accepted;
-        let inside = self.counts(bracket.start).accepted - self.counts(bracket.end).accepted;
-        let mass = inside as f64 * self.scale;
-        let fits = mass <= draft.room;
-        let step = if fits {
-            usize::MAX
-        } else {
-            (inside / CUTS_INSIDE).max(1)
-        };
-        let heavy = (drawn / HEAVY).min(step / 2).max(2);
+        let heavy = (self.counts(0).accepted / HEAVY).max(2);
         for end in [bracket.start, bracket.end] {
             if let Some(&key) = self.keys.get(end) {
                 draft.edge(key, true);
             }
         }
-        let mut since = 0;
+        let mut light = 0;
         for group in bracket.clone() {
             let equal = self.counts(group).accepted - self.counts(group + 1).accepted;
-            since += equal;
             if equal >= heavy {
-                draft.edge(self.key(group).next(), false);
-            }
-            if equal >= heavy || since >= step {
                 draft.edge(self.key(group), true);
-                since = 0;
+                draft.edge(self.key(group).next(), false);
+            } else {
+                light += equal;
             }
         }
-        if fits && self.key(bracket.start) < L::MAX {
+        draft.room -= light as f64 * self.scale;
+        if self.key(bracket.start) < L::MAX {
             // Below the lowest sample drawn there may be others.
             let low = match bracket.start {
                 0 => self.key(bracket.end).reach_down(),
@@ -140,7 +130,6 @@ impl<L: Lane> Sketch<L> {
             };
             draft.edge(low, false);
             draft.wanted.push(low..self.key(bracket.end));
-            draft.room -= mass;
         }
     }
 }
@@ -262,6 +251,19 @@ impl<L: Lane> Draft<L> {
             .collect();
         Cuts { edges, ranges }
     }
+}
+
+/// The lowest and the highest key of a few samples, spread evenly: most samples lie between.
+pub(crate) fn probe<X: Samples>(samples: &X) -> (X::Lane, X::Lane) {
+    let stride = samples.len().div_ceil(PROBES);
+    let mut noise = Noise(0);
+    let keys = (0..samples.len()).step_by(stride).map(|start| {
+        let index = start + noise.below(stride.min(samples.len() - start));
+        X::Lane::of(samples.get(index).0)
+    });
+    keys.fold((X::Lane::MAX, X::Lane::MIN), |(low, high), key| {
+        (low.min(key), high.max(key))
+    })
 }
 
 /// Samples that were drawn.

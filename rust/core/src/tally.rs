@@ -15,9 +15,14 @@ impl Counts {
     /// The quotient is the IEEE double division, everywhere the same; it is monotone in the exact quotient, so
     /// bounds may be tested with it too.  Both sides are non-negative, so their bits compare as they do, and a
     /// subnormal target is itself even where the processor takes denormals for zero.
+    ///
+    /// Most counts are far from the target, and a product tells so sooner than a quotient.
     #[inline(always)]
     pub fn reach(self, target: Target) -> bool {
-        self.accepted > 0 && (self.correct as f64 / self.accepted as f64).to_bits() >= target.0
+        let (correct, accepted) = (self.correct as f64, self.accepted as f64);
+        // Less than the rounding of both can make up for.
+        let far_below = correct < target.value() * accepted * (1.0 - 1e-12);
+        self.accepted > 0 && !far_below && (correct / accepted).to_bits() >= target.0
     }
 
     /// Whether some threshold in a range of scores might do, if from its upper end up the counts are `above` and from

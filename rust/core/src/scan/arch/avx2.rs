@@ -1,34 +1,27 @@
 //! AVX2: the compiler vectorises the counting by itself; moving a few lanes together it does not.
 
-use super::{Plan, Survey};
+use super::{Pass, Simd};
 use crate::isa::Avx2;
-use crate::samples::{BLOCK, Block, Lane, Samples};
+use crate::samples::{BLOCK, Block, Lane};
 use std::arch::x86_64::*;
 use std::ops::Range;
-use std::sync::atomic::AtomicUsize;
 
-pub(super) fn scan<X: Samples>(
-    _: Avx2,
-    samples: &X,
-    part: Range<usize>,
-    plan: &Plan<X::Lane>,
-    gathered: &AtomicUsize,
-) -> Survey<X::Lane> {
+pub(super) fn pass<L: Lane, P: Pass<L>>(proof: Avx2, pass: P) -> P::Found {
     // SAFETY: the proof exists, so the processor has the features.
-    unsafe { scan_with_avx2(samples, part, plan, gathered) }
+    unsafe { pass_with_avx2(proof, pass) }
 }
 
 #[target_feature(enable = "avx2,bmi1,bmi2,lzcnt,popcnt")]
-fn scan_with_avx2<X: Samples>(
-    samples: &X,
-    part: Range<usize>,
-    plan: &Plan<X::Lane>,
-    gathered: &AtomicUsize,
-) -> Survey<X::Lane> {
-    super::super::scan(samples, part, plan, gathered, |block, range, list| {
-        // SAFETY: this function runs only where its features are.
-        unsafe { X::Lane::compress(block, range, list) }
-    })
+fn pass_with_avx2<L: Lane, P: Pass<L>>(proof: Avx2, pass: P) -> P::Found {
+    pass.run(proof)
+}
+
+impl<L: Lane> Simd<L> for Avx2 {
+    #[inline(always)]
+    fn gather(self, block: &Block<L>, range: &Range<L>, list: &mut Vec<L::Packed>) {
+        // SAFETY: `self` proves that the processor has the features.
+        unsafe { Compress::compress(block, range, list) }
+    }
 }
 
 /// Gathering with vector instructions.

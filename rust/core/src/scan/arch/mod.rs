@@ -1,4 +1,4 @@
-//! The same scan compiled for each instruction set, and the one step that needs intrinsics.
+//! The same pass compiled for each instruction set, and the steps that need intrinsics.
 
 #[cfg(target_arch = "x86_64")]
 #[expect(
@@ -6,31 +6,63 @@
     reason = "intrinsics, each behind a proof that the processor has them"
 )]
 mod avx2;
+#[cfg(target_arch = "x86_64")]
+#[expect(
+    unsafe_code,
+    reason = "intrinsics, each behind a proof that the processor has them"
+)]
+mod avx512;
 mod portable;
 
-use super::{Plan, Survey};
 use crate::isa::{InstructionSet, Kind};
-use crate::samples::Samples;
-#[cfg(target_arch = "x86_64")]
-pub(crate) use avx2::Compress;
-#[cfg(not(target_arch = "x86_64"))]
-pub(crate) use portable::Compress;
+use crate::samples::{Block, Lane};
 use std::ops::Range;
-use std::sync::atomic::AtomicUsize;
 
-/// Scan a part of the samples with these instructions.
-pub(super) fn scan<X: Samples>(
-    isa: InstructionSet,
-    samples: &X,
-    part: Range<usize>,
-    plan: &Plan<X::Lane>,
-    gathered: &AtomicUsize,
-) -> Survey<X::Lane> {
+/// What a pass does with a block beyond what the compiler turns into vector instructions by itself.
+pub(crate) trait Simd<L: Lane>: Copy {
+    /// The summed weights of the samples at or above each edge.
+    #[inline(always)]
+    fn count<const N: usize>(self, block: &Block<L>, edges: [L; N]) -> [L; N] {
+        let mut sums = [L::ZERO; N];
+        for (&key, &weight) in block.keys.iter().zip(&block.weights) {
+            for (sum, edge) in sums.iter_mut().zip(edges) {
+                *sum = sum.add(if key >= edge { weight } else { L::ZERO });
+            }
+        }
+        sums
+    }
+
+    /// Append the samples in the range, packed.
+    fn gather(self, block: &Block<L>, range: &Range<L>, list: &mut Vec<L::Packed>);
+}
+
+/// A pass over a part of the samples, compiled anew for each instruction set.
+pub(crate) trait Pass<L: Lane> {
+    type Found;
+
+    /// Always inlined, so that it is compiled with the caller's instructions.
+    fn run(self, simd: impl Simd<L>) -> Self::Found;
+}
+
+/// Make a pass with these instructions.
+pub(crate) fn pass<L: Lane, P: Pass<L>>(isa: InstructionSet, pass: P) -> P::Found {
     match isa.kind() {
-        Kind::Portable => super::scan(samples, part, plan, gathered, portable::compress),
+        Kind::Portable => pass.run(portable::Portable),
         #[cfg(target_arch = "x86_64")]
-        Kind::Avx2(proof) => avx2::scan(proof, samples, part, plan, gathered),
+        Kind::Avx2(proof) => avx2::pass(proof, pass),
         #[cfg(target_arch = "x86_64")]
-        Kind::Avx512(proof) => avx2::scan(proof.avx2(), samples, part, plan, gathered),
+        Kind::Avx512(proof) => avx512::pass(proof, pass),
     }
 }
+
+/// What every instruction set asks of a lane.
+#[cfg(target_arch = "x86_64")]
+pub(crate) trait Vectors: avx2::Compress + avx512::Masked {}
+#[cfg(target_arch = "x86_64")]
+impl<L: avx2::Compress + avx512::Masked> Vectors for L {}
+
+/// Nothing is asked where there are no intrinsics.
+#[cfg(not(target_arch = "x86_64"))]
+pub(crate) trait Vectors {}
+#[cfg(not(target_arch = "x86_64"))]
+impl<L> Vectors for L {}
