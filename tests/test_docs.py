@@ -10,7 +10,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-MODULES = ("offramp.calibration", "offramp.decision", "offramp.llm.prompts")
+MODULES = (
+    "offramp.calibration",
+    "offramp.cascade",
+    "offramp.decision",
+    "offramp.guarantee",
+    "offramp.llm.prompts",
+)
 
 
 def blocks(name, language):
