@@ -228,8 +228,7 @@ def test_the_teacher_is_the_models_own_distribution(model, ee, texts):
     trunk = ee._trunk
     (states,) = teacher_forced(trunk, [TokenSequence(texts[0], 1)], (1,))
     logits = model(texts[0][None]).logits[0, :-1].double()
-    rows = {"final": states.final, "log_normalizer": logits.logsumexp(-1).float()}
-    found = Teacher(trunk, None).probabilities(rows)
+    found = Teacher(trunk, None).probabilities(states.final, logits.logsumexp(-1).float())
     torch.testing.assert_close(found.double(), logits.softmax(-1), rtol=1e-4, atol=1e-6)
 
 
