@@ -17,6 +17,7 @@ from offramp.evaluation.peers.decision import (
     DTYPES,
     OURS,
     READ,
+    SOFTMAX_WITHIN,
     VOCABULARIES,
     agree,
     contenders,
@@ -142,7 +143,7 @@ def _decision_table(seconds: dict[str, dict[str, float]]) -> Table:
 
 def _close(one: Any, other: Any) -> bool:
     # One read finds no margin.
-    return not isinstance(other, tuple) or agree(one, other)
+    return not isinstance(other, tuple) or agree(one, other, SOFTMAX_WITHIN)
 
 
 def _require_agreement(contenders: Contenders, agree: Callable[[Any, Any], bool]) -> None:
