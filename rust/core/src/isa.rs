@@ -76,7 +76,7 @@ impl Avx2 {
 /// A proof that the processor has, beside what [`Avx2`] stands for, AVX-512 F, BW, CD, DQ and VL.
 #[cfg(target_arch = "x86_64")]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Avx512(Avx2);
+pub(crate) struct Avx512(());
 
 #[cfg(target_arch = "x86_64")]
 impl Avx512 {
@@ -86,11 +86,6 @@ impl Avx512 {
             && is_x86_feature_detected!("avx512cd")
             && is_x86_feature_detected!("avx512dq")
             && is_x86_feature_detected!("avx512vl");
-        Avx2::detect().filter(|_| all).map(Self)
-    }
-
-    /// The smaller proof it contains.
-    pub fn avx2(self) -> Avx2 {
-        self.0
+        (all && Avx2::detect().is_some()).then_some(Self(()))
     }
 }
