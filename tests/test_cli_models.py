@@ -305,7 +305,7 @@ TRAIN = ["train", "{}/tiny", "--layers", "2", "-o", "{}/new", "--tokens", "50"]
         ([*TRAIN, "--prompts", "{}/blank.txt"], "blank.txt"),
         ([*TRAIN, "--prompts", "{}/binary.txt"], "binary.txt"),
         ([*TRAIN, "--prompts", "{}/long.txt"], "prompts[1] needs 301 tokens"),
-        ([*TRAIN, "--prompts", "{}/prompts.txt", "--cache", "{}/exits-cache"], "another"),
+        ([*TRAIN, "--prompts", "{}/others.txt", "--cache", "{}/exits-cache"], "another"),
         (["calibrate", "{}/nowhere"], "nowhere"),
         (["calibrate", "{}/tiny"], "tiny"),
         (["calibrate", "{}/torn"], "heads.safetensors is truncated"),
@@ -398,7 +398,7 @@ def test_an_interrupt_leaves_nothing_half_written(workplace, tmp_path):
         ("demo", "offramp.evaluation.report.draw_all"),
         ("demo", "pathlib.Path.write_text"),
         ("threshold", "offramp.cli.threshold.fast_calibrate"),
-        ("bench", "offramp.cli.bench.alternate"),
+        ("bench", "offramp.evaluation.calibration_speed.alternate"),
         ("info", "offramp.machine.versions"),
     ],
 )
