@@ -121,8 +121,9 @@ def test_training_lowers_the_loss_of_every_head(model, texts, head, tmp_path):
     trainer = trainer_of(model, texts, tmp_path, head=head)
     trainer.watched = trainer.train
     before = trainer.watch()
-    trainer.run()
-    for old, new in zip(before, trainer.watch(), strict=True):
+    # As watched, since the parameters kept are those that agreed most, on random text often the first.
+    after = trainer.run()[-len(before) :]
+    for old, new in zip(before, after, strict=True):
         if trainer.heads.after(old.layer).fits == old.layer:
             assert old.accuracy > 0.99  # it reads what the model's own layers would, and is their copy
             continue
