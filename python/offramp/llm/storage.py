@@ -193,7 +193,7 @@ def fetch_exits(name: str | os.PathLike[str], revision: str | None, token: str |
     """
     if Path(name).is_dir() or not _REPOSITORY.fullmatch(str(name)):
         return Path(name)
-    files = [_HEADS, _CONFIG, _CALIBRATION, _CARD]
+    files = [_HEADS, _CONFIG, _CALIBRATION, _MEASURED, _CARD]
     try:
         return Path(snapshot_download(str(name), revision=revision, token=token, allow_patterns=files))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
