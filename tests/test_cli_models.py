@@ -142,7 +142,11 @@ def test_generation_shows_text_and_exits(workplace):
     assert found["text"].strip() in succeed(*arguments).replace("\n", " ")
     off = json.loads(succeed(*arguments, "--mode", "off", "--json"))
     assert set(off["exit_layers"]) == {6}
-    assert json.loads(succeed(*arguments, "--mode", "verify", "--json"))["tokens"] == off["tokens"]
+    verified = json.loads(succeed(*arguments, "--mode", "verify", "--audit", "0.1", "--json"))
+    assert verified["tokens"] == off["tokens"]
+    assert verified["monitor"]["total"]["checked"] <= 12
+    assert found["monitor"] is None
+    assert "Monitor of agreement" in succeed(*arguments, "--audit", "1")
 
 
 def test_sampling_follows_the_seed(workplace):

@@ -16,6 +16,7 @@ MODULES = (
     "offramp.decision",
     "offramp.guarantee",
     "offramp.llm.prompts",
+    "offramp.monitor",
 )
 
 
@@ -33,7 +34,7 @@ def test_the_readmes_calibration_example_prints_what_it_says():
 
 
 def test_the_readmes_links_lead_somewhere():
-    for name in ("README.md", "docs/method.md", "docs/how-to.md", "docs/training.md"):
+    for name in ("README.md", "docs/method.md", "docs/guarantees.md", "docs/how-to.md", "docs/training.md"):
         for link in re.findall(r"\]\(([^)#]+)\)", (ROOT / name).read_text(encoding="utf-8")):
             if not link.startswith("https://"):
                 assert ((ROOT / name).parent / link).exists(), (name, link)

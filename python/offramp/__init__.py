@@ -14,8 +14,16 @@ from offramp._core import __version__
 from offramp.calibration import ThresholdCurve, fast_calibrate, sort_by_score, threshold_curve
 from offramp.cascade import calibrate_cascade
 from offramp.decision import Decision, decide, top2_margin
-from offramp.errors import InputError, ModelError, OfframpError, OutOfMemoryError, StorageError
+from offramp.errors import (
+    AgreementError,
+    InputError,
+    ModelError,
+    OfframpError,
+    OutOfMemoryError,
+    StorageError,
+)
 from offramp.guarantee import certify
+from offramp.monitor import Monitor
 from offramp.outcomes import Cascade, Certificate
 
 if TYPE_CHECKING:
@@ -36,6 +44,7 @@ _LANGUAGE_MODEL_NAMES = {
 }
 
 __all__ = [
+    "AgreementError",
     "Calibration",
     "Cascade",
     "Certificate",
@@ -45,6 +54,7 @@ __all__ = [
     "HeadConfig",
     "InputError",
     "ModelError",
+    "Monitor",
     "OfframpError",
     "OutOfMemoryError",
     "Scores",

@@ -19,5 +19,9 @@ class StorageError(OfframpError):
     """A folder or file on disk is missing, damaged, or belongs to something else."""
 
 
+class AgreementError(OfframpError):
+    """Early tokens are shown to agree with the whole model less often than they should; see `offramp.Monitor`."""
+
+
 class OutOfMemoryError(OfframpError, MemoryError):
     """There was no memory to run a part of the model in; whatever was running can go on once there is."""

@@ -196,6 +196,11 @@ def calibrate(
 @click.option("--eps", type=EPS, help="Target accuracy, in (0, 1)  [default: the calibration's].")
 @click.option("-n", "--max-new-tokens", type=COUNT, default=64, show_default=True)
 @click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0: greedy.")
+@click.option(
+    "--audit",
+    type=click.FloatRange(0, 1),
+    help="Share of early tokens to compare with the whole model's own; in verify mode all are.",
+)
 @click.option("--model", help="The base model, if the folder's own name for it does not lead to it.")
 @where_options
 @with_session
@@ -208,6 +213,7 @@ def generate(
     eps: float | None,
     max_new_tokens: int,
     temperature: float,
+    audit: float | None,
     model: str | None,
     dtype: str | None,
     device: str | None,
@@ -222,7 +228,14 @@ def generate(
         prompt = sys.stdin.read()
     ee = pipeline.open_exits(session, folder, model=model, dtype=dtype, device=device)
     pipeline.generate(
-        session, ee, prompt, mode=mode, eps=eps, max_new_tokens=max_new_tokens, temperature=temperature
+        session,
+        ee,
+        prompt,
+        mode=mode,
+        eps=eps,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        audit=audit,
     )
 
 

@@ -198,6 +198,7 @@ def generate(
     eps: float | None,
     max_new_tokens: int,
     temperature: float,
+    audit: float | None,
 ) -> None:
     """Continue a prompt, and show which exit wrote which token."""
     inputs = model_inputs(ee, [prompt])
@@ -209,6 +210,7 @@ def generate(
         mode=mode,
         eps=None if mode == "off" else eps,
         max_new_tokens=max_new_tokens,
+        audit=audit,
         return_dict_in_generate=True,
         **sampling,
     )
@@ -223,8 +225,16 @@ def generate(
         session.show(views.legend(ee.layers, out.stats.tokens_by_exit))
     else:
         session.show("".join(pieces))
+    if ee.monitor is not None:
+        session.show(str(ee.monitor))
     session.result(
-        {"text": "".join(pieces), "tokens": tokens, "exit_layers": layers, "stats": out.stats.to_dict()}
+        {
+            "text": "".join(pieces),
+            "tokens": tokens,
+            "exit_layers": layers,
+            "stats": out.stats.to_dict(),
+            "monitor": None if ee.monitor is None else ee.monitor.to_dict(),
+        }
     )
 
 

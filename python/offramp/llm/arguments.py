@@ -50,6 +50,22 @@ def check_ids(trunk: Trunk, ids: torch.Tensor, what: str) -> None:
         )
 
 
+def check_share(audit: Any) -> float:
+    """Return ``audit`` as a share, 0 for None, or say what is wrong with it.
+
+    Raises
+    ------
+    InputError
+        Saying what to give.
+    """
+    number = isinstance(audit, int | float) and not isinstance(audit, bool)
+    if audit is not None and not (number and 0 <= audit <= 1):
+        raise InputError(
+            f"audit is {audit!r}: give the share of early tokens to check, from 0 to 1, such as 0.05"
+        )
+    return float(audit or 0)
+
+
 def check_request(trunk: Trunk, ids: Any, kwargs: Mapping[str, Any]) -> None:
     """Refuse prompts, masks and arguments of `generate` that cannot be used.
 

@@ -20,6 +20,7 @@ from transformers import GenerationConfig
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from offramp.errors import InputError, ModelError, OutOfMemoryError
+from offramp.llm.auditing import Audit
 from offramp.llm.heads import ExitHead
 from offramp.llm.reading import Reader
 from offramp.llm.staging import Stage
@@ -156,6 +157,8 @@ class Rollout:
         0 at the padding; ``None`` without padding.
     max_pending
         Most positions that may wait before a segment after a step; ``None`` for no limit.
+    audit
+        Told what heads and model say in each other's place.
     """
 
     def __init__(
@@ -165,8 +168,10 @@ class Rollout:
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         max_pending: int | None = None,
+        audit: Audit | None = None,
     ) -> None:
         self.trunk = trunk
+        self.audit = audit
         self.exits = list(exits)
         self.bounds = (0, *(item.layer for item in self.exits), trunk.num_layers)
         self.cache = trunk.new_cache()
@@ -192,6 +197,8 @@ class Rollout:
     def step(self, needed: torch.Tensor) -> Step:
         """Find the next token of the ``needed`` rows (B,) bool, going only as deep as one of them asks for."""
         step, unanswered = self.ask(needed)
+        if self.audit is not None:
+            self.audit.note(step, needed, self.positions.shape[1] - 1)
         if not unanswered.any():
             self._relieve()
             return step
@@ -251,6 +258,8 @@ class Rollout:
         if segment < len(self.readers):
             self.readers[segment].see(hidden)
             self._waiting[segment + 1].append(hidden)
+        elif self.audit is not None:
+            self.audit.hear(self, hidden, filled)
         return hidden
 
     def full_logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -375,6 +384,8 @@ def decode(
         rollout.feed(tokens)
     if streamer is not None:
         streamer.end()
+    if rollout.audit is not None:
+        rollout.audit.finish(rollout)
     stats = GenerationStats.of(torch.stack(exit_layers, dim=1), rollout, time.perf_counter() - started)
     return EarlyExitOutput(
         sequences=cast(torch.LongTensor, input_ids),

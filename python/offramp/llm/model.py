@@ -22,7 +22,8 @@ import torch
 from transformers import PreTrainedModel
 
 from offramp.errors import InputError
-from offramp.llm.arguments import check_config, check_ids, check_request
+from offramp.llm.arguments import check_config, check_ids, check_request, check_share
+from offramp.llm.auditing import Audit, monitor_for
 from offramp.llm.calibrating import Calibration, calibrate_scores, check_eps, check_mode
 from offramp.llm.data import CorpusPlan, corpus_bytes, prepare_corpus
 from offramp.llm.decoding import EarlyExitOutput, Exit, GenerationStats, Rollout, decode
@@ -40,6 +41,7 @@ from offramp.llm.storage import fetch_exits, load_exits, push_exits, save_exits
 from offramp.llm.training import HeadMetrics, Trainer, TrainingConfig, Watch, best_of, build_heads
 from offramp.llm.trunk import Trunk
 from offramp.llm.verifying import decode_verified
+from offramp.monitor import Monitor
 
 _BATCH = 64
 
@@ -71,6 +73,8 @@ class EarlyExitModel:
         The latest calibration.
     last_stats : GenerationStats or None
         Of the latest `generate`.
+    monitor : Monitor or None
+        What `generate` with ``audit=`` has found; set one of your own for another level or alarm.
 
     Raises
     ------
@@ -104,6 +108,7 @@ class EarlyExitModel:
         self.heads: ExitHeads | None = None
         self.calibration: Calibration | None = None
         self.last_stats: GenerationStats | None = None
+        self.monitor: Monitor | None = None
         self._trained: dict[str, Any] = {}
         self._serving: tuple[ExitHeads, ExitHeads] | None = None
         self._warned_dtype = False
@@ -487,6 +492,7 @@ class EarlyExitModel:
         eps: float | None = None,
         thresholds: Sequence[float] | None = None,
         max_pending: int | None = None,
+        audit: float | None = None,
         streamer: Any = None,
         **kwargs: Any,
     ) -> torch.Tensor | EarlyExitOutput:
@@ -506,6 +512,9 @@ class EarlyExitModel:
             Use these thresholds, one a head; inf switches a head off.
         max_pending
             Most positions that may wait for deeper layers after a step; ``None`` for no limit.
+        audit
+            Share of the early tokens to compare with the whole model's own, for `monitor`: drawn at random beforehand,
+            compared when the last layers run anyway or at the end.  In verify mode all are, at no cost.
         streamer, **kwargs
             As in transformers: generation_config, max_new_tokens, do_sample, temperature, logits_processor,
             stopping_criteria, return_dict_in_generate, ...  Beam search is refused.
@@ -520,13 +529,18 @@ class EarlyExitModel:
         ------
         InputError
             For a mode, threshold or argument that cannot be used.
+        AgreementError
+            After an alarm of a `monitor` that raises.
         """
         ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
         check_request(self._trunk, ids, kwargs)
         exits = self._exits(mode, eps, thresholds)
+        share = check_share(audit) if mode != "verify" else float(check_share(audit) > 0)
+        monitor = self._monitor_of(mode, eps, thresholds) if share else None
         if max_pending is not None and (not isinstance(max_pending, int) or max_pending < 0):
             raise InputError(f"max_pending is {max_pending!r}: give a whole number, or None for no limit")
         result: list[EarlyExitOutput] = []
+        audits: list[Audit] = []
 
         # The signature is transformers' own: it decides by the names what to hand over.
         def loop(
@@ -540,14 +554,23 @@ class EarlyExitModel:
             check_config(self._trunk, generation_config, mode)
             input_ids = input_ids.to(self._trunk.device)
             mask = model_kwargs.get("attention_mask")
+            checks = None
+            if monitor is not None:
+                room = max(generation_config.max_length - input_ids.shape[1], 1)
+                depths = [item.layer for item in exits]
+                checks = Audit.drawn(monitor, depths, share, len(input_ids), room)
+                audits.append(checks)
             rollout = Rollout(
                 self._trunk,
                 exits,
                 input_ids,
                 None if mask is None else mask.to(input_ids.device),
                 None if mode == "verify" else max_pending,
+                None if mode == "verify" else checks,
             )
-            run: Any = partial(decode_verified, max_pending=max_pending) if mode == "verify" else decode
+            run: Any = decode
+            if mode == "verify":
+                run = partial(decode_verified, max_pending=max_pending, audit=checks)
             output = run(
                 rollout,
                 input_ids,
@@ -564,6 +587,9 @@ class EarlyExitModel:
             ids, streamer=streamer, custom_generate=loop, **kwargs
         )
         self.last_stats = result[0].stats
+        for checks in audits:
+            assert monitor is not None
+            checks.report(monitor)
         return generated
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
@@ -665,20 +691,9 @@ class EarlyExitModel:
         if mode == "off":
             return []
         heads = self._trained_heads()
-        plan = self._plan
-        if plan is not None and thresholds is None and eps in (None, plan.exit.eps):
-            thresholds, eps = plan.best(mode).thresholds, None
-        if thresholds is None:
-            if self.calibration is None:
-                raise InputError(
-                    "thresholds: these heads are not calibrated; call calibrate first, or give thresholds"
-                )
-            self._warn_about_dtype(self.calibration)
-            thresholds = self.calibration.thresholds if eps is None else self.calibration.at(eps)
-        elif eps is not None:
-            raise InputError("eps and thresholds are both given: give one of them")
+        given, _ = self._thresholds(mode, eps, thresholds)
         try:
-            values = [float(value) for value in thresholds]
+            values = [float(value) for value in given]
         except (TypeError, ValueError):
             values = []
         if len(values) != len(self.layers) or any(math.isnan(value) for value in values):
@@ -688,6 +703,54 @@ class EarlyExitModel:
         pairs = zip(self.layers, values, strict=True)
         # A margin never exceeds 1, so a higher threshold is a head switched off.
         return [Exit(layer, heads.after(layer), value) for layer, value in pairs if value <= 1]
+
+    def _thresholds(
+        self, mode: str, eps: float | None, thresholds: Sequence[float] | None
+    ) -> tuple[Sequence[float], float | None]:
+        """Thresholds asked for, and the ε they were calibrated for; None for thresholds of the user's own."""
+        plan = self._plan
+        if plan is not None and thresholds is None and eps in (None, plan.exit.eps):
+            best = plan.best(mode)
+            return self._without_disabled(best.thresholds, best.eps)
+        if thresholds is None:
+            if self.calibration is None:
+                raise InputError(
+                    "thresholds: these heads are not calibrated; call calibrate first, or give thresholds"
+                )
+            self._warn_about_dtype(self.calibration)
+            eps = self.calibration.eps if eps is None else check_eps(eps)
+            return self._without_disabled(self.calibration.at(eps), eps)
+        if eps is not None:
+            raise InputError("eps and thresholds are both given: give one of them")
+        return self._without_disabled(thresholds, None)
+
+    def _without_disabled(
+        self, thresholds: Sequence[float], eps: float | None
+    ) -> tuple[Sequence[float], float | None]:
+        """Switch off the heads a monitor has disabled; calibrated ones are then for the heads that are left."""
+        if self.monitor is None:
+            return thresholds, eps
+        self.monitor.require_silence()
+        off = self.monitor.disabled.intersection(self.layers)
+        if not off or len(thresholds) != len(self.layers):
+            return thresholds, eps
+        used = [
+            head
+            for head, (layer, tau) in enumerate(zip(self.layers, thresholds, strict=True))
+            if layer not in off and tau <= 1
+        ]
+        if eps is not None and self.calibration is not None and used:
+            return self.calibration.at(eps, used), eps
+        return [tau if head in used else math.inf for head, tau in enumerate(thresholds)], eps
+
+    def _monitor_of(self, mode: str, eps: float | None, thresholds: Sequence[float] | None) -> Monitor | None:
+        """Find the monitor of what is promised, or make one."""
+        if mode == "off":
+            return None
+        promised = self._thresholds(mode, eps, thresholds)[1]
+        budget = self.calibration is not None and self.calibration.mode == "budget"
+        self.monitor = monitor_for(self.monitor, self.layers, promised, "tokens" if budget else "exits")
+        return self.monitor
 
     def _trained_heads(self) -> ExitHeads:
         """Heads in the model's dtype."""

@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from transformers import GenerationConfig
 
+from offramp.llm.auditing import Audit
 from offramp.llm.decoding import EarlyExitOutput, GenerationStats, Rollout, Step
 
 
@@ -29,6 +30,7 @@ def decode_verified(
     generation_config: GenerationConfig,
     streamer: Any = None,
     max_pending: int | None = None,
+    audit: Audit | None = None,
 ) -> EarlyExitOutput:
     """Generate what the whole model would, drafting with the exits.
 
@@ -42,12 +44,14 @@ def decode_verified(
         As transformers prepares them; the streamer sees confirmed tokens only.
     max_pending
         Most positions that may wait for the last segment after a step; ``None`` for no limit.
+    audit
+        Told which drafts are the whole model's own first choice.
     """
     started = time.perf_counter()
     rule = _Rule(logits_processor, generation_config.do_sample, rollout.trunk.vocab_size)
     pads = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
     pad = generation_config._pad_token_tensor if pads else None
-    text = _Text(rollout, input_ids, rule, None if pad is None else int(pad))
+    text = _Text(rollout, input_ids, rule, None if pad is None else int(pad), audit)
     streamed = input_ids.shape[1]
     while True:
         text.advance(text.unfinished if pads else torch.ones_like(text.unfinished))
@@ -65,6 +69,8 @@ def decode_verified(
         text.feed()
     if streamer is not None:
         streamer.end()
+    if audit is not None:
+        audit.tokens[:] = (text.depths > 0).sum(dim=1).numpy()
     stats = GenerationStats.of(text.depths, rollout, time.perf_counter() - started, rejected=text.rejected)
     return EarlyExitOutput(
         sequences=cast(torch.LongTensor, text.tokens), exit_layers=stats.exit_layers, stats=stats
@@ -116,8 +122,9 @@ class _Rule:
 
 @dataclass
 class _Draft:
-    """One drafted column: the probabilities (B, V) its tokens were drawn with, and which rows (B,) need no verdict."""
+    """One drafted column: its step, the probabilities (B, V) of its tokens, and which rows (B,) need no verdict."""
 
+    step: Step
     q: torch.Tensor | None
     settled: list[bool]
 
@@ -133,8 +140,10 @@ class _Text:
     is written to them again.
     """
 
-    def __init__(self, rollout: Rollout, prompts: torch.Tensor, rule: _Rule, pad: int | None) -> None:
-        self.rollout, self.rule, self.pad = rollout, rule, pad
+    def __init__(
+        self, rollout: Rollout, prompts: torch.Tensor, rule: _Rule, pad: int | None, audit: Audit | None
+    ) -> None:
+        self.rollout, self.rule, self.pad, self.audit = rollout, rule, pad, audit
         self.tokens = prompts
         self.depths = torch.zeros(len(prompts), 0, dtype=torch.int64)
         self.unfinished = torch.ones(len(prompts), dtype=torch.bool, device=prompts.device)
@@ -176,7 +185,7 @@ class _Text:
                 tokens[row], depths[row] = queue.pop(0)
         self._append(tokens, depths)
         settled = [waits or not asked for waits, asked in zip(ahead, active.tolist(), strict=True)]
-        self._drafts.append(_Draft(q, settled))
+        self._drafts.append(_Draft(step, q, settled))
 
     def verify(self) -> None:
         """Run the last segment over all that waits; keep what holds, and write the column after it."""
@@ -210,8 +219,18 @@ class _Text:
             stands, own = self.rule.judge(
                 self.tokens[:, :at], logits[:, place], drafts=drafted, q=None if draft is None else draft.q
             )
+            choices = logits[:, place].argmax(dim=-1).tolist() if self.audit is not None else []
             for row, (holds, token) in enumerate(zip(stands.tolist(), own.tolist(), strict=True)):
                 settled = draft.settled[row] if draft is not None else row in exempt
+                if (
+                    self.audit is not None
+                    and draft is not None
+                    and not settled
+                    and verdicts[row][0] == written
+                ):
+                    self.audit.judge(
+                        row, int(draft.step.exits[row]), agrees=int(draft.step.tokens[row]) == choices[row]
+                    )
                 if not (holds or settled) and verdicts[row] == (written, None):
                     verdicts[row] = (at, token)
         return verdicts
