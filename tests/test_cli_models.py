@@ -1,5 +1,6 @@
 """The subcommands on language models, from training to the report, on a tiny random model; one test on the real one."""
 
+import errno
 import json
 import math
 import shutil
@@ -197,6 +198,22 @@ def test_evaluation_checks_every_target(workplace, tmp_path):
     assert "Decoded" in succeed(*arguments)
 
 
+def test_a_full_disk_costs_an_evaluation_its_files_and_not_its_numbers(workplace, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("offramp.llm.files.os.replace", full)
+    code, out, err = io_run(
+        "evaluate", workplace[0] / "exits", "--eps", ".3", "--grid", ".3", "--count", "2", "--timed", "0",
+        "-n", "4", "--prompts", workplace[0] / "prompts.txt", "--device", "cpu", "-o", tmp_path / "found", "-q",
+    )  # fmt: skip
+    assert code == 2
+    assert "the disk is full" in err
+    assert "Traceback" not in err
+    assert "Decoded" in out
+    assert list((tmp_path / "found").iterdir()) == []
+
+
 def test_several_head_sets_are_evaluated_together(workplace, tmp_path):
     folder = workplace[0]
     others = tmp_path / "others"
@@ -326,7 +343,11 @@ TRAIN = ["train", "{}/tiny", "--layers", "2", "-o", "{}/new", "--tokens", "50"]
         (["generate", "{}/exits", "a", "--model", "{}/other"], "model"),
         (["evaluate", "{}/nowhere"], "nowhere"),
         (["evaluate", "{}/torn"], "heads.safetensors is truncated"),
+        (["evaluate", "{}/tiny"], "tiny"),
         (["evaluate", "{}/exits", "--eps", ".5,1"], "eps"),
+        (["evaluate", "{}/exits", "--grid", ".5,1.1"], "eps is 1.1"),
+        (["evaluate", "{}/exits", "--grid", "-0.5"], "eps is -0.5"),
+        (["evaluate", "{}/exits", "--output", "{}/prompts.txt"], "prompts.txt"),
         (["evaluate", "{}/exits", "--prompts", "{}/blank.txt"], "blank.txt"),
         (["evaluate", "{}/exits", "--prompts", "{}/long.txt"], "prompts[1] needs 301 tokens"),
         (["evaluate", "{}/exits", "--prompts", "{}/others.txt", "-n", "400"], "the longest prompt"),

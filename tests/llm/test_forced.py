@@ -96,6 +96,18 @@ def test_a_point_counts_the_first_exits(readings, trained, eps):
     assert low <= point.shares.agreement <= high
 
 
+def test_a_sweep_takes_the_thresholds_of_the_mode_asked_for(readings, trained):
+    calibration = trained.calibration
+    (marginal,), (sequential,), (own,) = (
+        sweep(readings["mlp"], calibration, [0.5], mode=mode) for mode in ("marginal", "sequential", None)
+    )
+    measured = calibration.measured
+    assert (
+        list(marginal.thresholds) == offramp.fast_calibrate(measured.scores, measured.correct, 0.5).tolist()
+    )
+    assert sequential.thresholds == own.thresholds != marginal.thresholds
+
+
 def test_exits_found_by_one_pass_are_the_exits_decoding_takes(trained, texts, thresholds):
     """On the text exits wrote, at the thresholds they wrote it with."""
     for text in texts[:4]:

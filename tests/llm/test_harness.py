@@ -21,6 +21,7 @@ if find_spec("lm_eval") is None:
 
 import lm_eval
 from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 from offramp import InputError
 from offramp.cli.app import run
 from offramp.evaluation.harness import OfframpLM, find_tasks, local_tasks, task_scores
@@ -92,6 +93,10 @@ def test_with_exits_off_every_request_gets_what_the_harness_gives_it(samples):
                     assert one[0][1] == other[0][1]
     # Letters, endings, names; rolled passages; continuations.
     assert compared == 6 * 4 + 6 * 4 + 6 * 2 + 4 + 4
+    # Of each kind some are longer than the window: cut on the left, rolled, cut to leave room for the continuation.
+    for task, room in (("offramp_facts", 120), ("offramp_test_rolling", 120), ("offramp_test_continue", 100)):
+        lengths = [len(request[0]) for item in own[task] for request in item["arguments"]]
+        assert max(lengths) > room
     assert samples["own"][1].keys() == samples["ours"][1].keys()
 
 
@@ -147,7 +152,8 @@ def test_generation_goes_through_the_engine(exits):
     )
     early = 0
     for item in result["samples"]["offramp_test_continue"]:
-        ids = exits.tokenizer(item["arguments"][0][0], return_tensors="pt")["input_ids"]
+        # As the harness cuts it: twenty of the window's 120 tokens are for the continuation.
+        ids = exits.tokenizer(item["arguments"][0][0], return_tensors="pt")["input_ids"][:, -100:]
         written = exits.generate(ids, eps=0.3, max_new_tokens=20, do_sample=False)[0, ids.shape[1] :]
         early += sum(count for layer, count in exits.last_stats.tokens_by_exit.items() if layer < 6)
         text = exits.tokenizer.decode(written, skip_special_tokens=True)
@@ -176,9 +182,21 @@ def test_bad_settings_are_refused(exits, settings, words):
         OfframpLM(exits, **settings)
 
 
+@pytest.mark.usefixtures("own_tasks_only")
 def test_an_unknown_task_is_named(exits):
     with pytest.raises(InputError, match="task 'no_such_task' does not exist"):
         list(task_scores(OfframpLM(exits), ["offramp_facts", "no_such_task"]))
+
+
+@pytest.fixture
+def own_tasks_only(monkeypatch):
+    """Spare the listing of the harness's own thousands of tasks, which takes it seconds."""
+    real = TaskManager.__init__
+    monkeypatch.setattr(
+        TaskManager,
+        "__init__",
+        lambda *arguments, **options: real(*arguments, **options | {"include_defaults": False}),
+    )
 
 
 def command(*arguments):
@@ -188,6 +206,27 @@ def command(*arguments):
     return code, out.getvalue(), err.getvalue()
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (("pretrained={}", "offramp_facts,no_such_task"), "no_such_task"),
+        (("pretrained={}", "offramp_facts"), "was not written by offramp"),
+        (("pretrained={}/nowhere", "offramp_facts"), "nowhere"),
+    ],
+)
+@pytest.mark.usefixtures("own_tasks_only")
+def test_the_harness_command_refuses_in_a_sentence(exits, tmp_path, settings, words):
+    exits.model.save_pretrained(tmp_path)
+    model_args, tasks = (item.format(tmp_path) for item in settings)
+    code, _, err = command(
+        "--model", "offramp", "--model_args", model_args, "--device", "cpu", "--tasks", tasks
+    )
+    assert code == 2
+    assert words in err.splitlines()[-1]
+    assert "Traceback" not in err
+
+
+@pytest.mark.usefixtures("own_tasks_only")
 def test_the_harness_command_knows_the_model(exits, tmp_path):
     exits.model.save_pretrained(tmp_path / "tiny")
     exits.tokenizer.save_pretrained(tmp_path / "tiny")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
@@ -15,7 +16,7 @@ import offramp
 from offramp.cli.bench import bench
 from offramp.cli.harness import lm_eval
 from offramp.cli.info import info
-from offramp.cli.models import calibrate, demo, evaluate, generate, train
+from offramp.cli.models import calibrate, demo, evaluate, figures, generate, train
 from offramp.cli.threshold import threshold
 from offramp.errors import OfframpError
 
@@ -37,7 +38,7 @@ def command(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for _subcommand in (demo, train, calibrate, generate, evaluate, lm_eval, bench, threshold, info):
+for _subcommand in (demo, train, calibrate, generate, evaluate, lm_eval, figures, bench, threshold, info):
     command.add_command(_subcommand)
 
 
@@ -71,12 +72,24 @@ def _fault_of_the_user(error: Exception) -> tuple[str, str] | None:
             return "offramp", error.format_message()
         case OfframpError():
             return "offramp", str(error)
-        case FileNotFoundError() | PermissionError() | IsADirectoryError() | NotADirectoryError():
-            return ("offramp", f"{error.filename}: {error.strerror}") if error.filename else None
         case ImportError():
             missing = (error.name or "").partition(".")[0]
             extra = next((extra for extra, packages in EXTRAS.items() if missing in packages), None)
             return ("offramp", f"this needs {missing}: run `pip install offramp[{extra}]`") if extra else None
+    return _fault_of_the_disk(error)
+
+
+def _fault_of_the_disk(error: Exception) -> tuple[str, str] | None:
+    match error:
+        case FileNotFoundError() | PermissionError() | IsADirectoryError() | NotADirectoryError():
+            return ("offramp", f"{error.filename}: {error.strerror}") if error.filename else None
+    # safetensors puts the system's words into an error of its own.
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if full or os.strerror(errno.ENOSPC) in str(error):
+        return (
+            "offramp",
+            "the disk is full: free some space and run the command again; what was written is kept",
+        )
     return None
 
 

@@ -303,3 +303,79 @@ def evaluate(
         output=output,
         prompts=prompts,
     )
+
+
+@click.command()
+@click.argument("model", default="demo")
+@click.option("--folder", type=FOLDER, help="Where everything goes  [default: runs/figures, or ...-quick].")
+@click.option("--quick", is_flag=True, help="A tenth of the work.")
+@click.option("--layers", type=LAYERS, help="Exits after these layers  [default: four, evenly spaced].")
+@click.option(
+    "--eps",
+    type=EPS_LIST,
+    default="0.5,0.6,0.7,0.8,0.9,0.95",
+    show_default=True,
+    help="Target accuracies of Figs. 2 to 4, in (0, 1).",
+)
+@click.option(
+    "--tasks",
+    default="offramp_facts,offramp_endings,offramp_pronouns",
+    show_default=True,
+    help="Benchmarks of Fig. 2, as mmlu,hellaswag,winogrande for those who have the data; none: no Fig. 2.",
+)
+@click.option("--limit", type=COUNT, help="Documents of each benchmark at most.")
+@click.option(
+    "--shortlist",
+    type=click.IntRange(0),
+    default=8192,
+    show_default=True,
+    help="Tokens the linear heads can emit; 0: all, as in the paper, which is slow without a GPU.",
+)
+@click.option("--tokens", type=COUNT, help="Tokens to train on  [default: 20000].")
+@click.option("--count", type=COUNT, help="Held-out prompts to read and decode  [default: 24].")
+@click.option("--heads", type=FOLDER, help="A folder of calibrated heads for Figs. 2 to 4.")
+@where_options
+@with_session
+def figures(
+    session: Session,
+    *,
+    model: str,
+    folder: Path | None,
+    quick: bool,
+    layers: tuple[int, ...] | None,
+    eps: tuple[float, ...],
+    tasks: str,
+    limit: int | None,
+    shortlist: int,
+    tokens: int | None,
+    count: int | None,
+    heads: Path | None,
+    dtype: str | None,
+    device: str | None,
+) -> None:
+    """Make the paper's figures for a model.
+
+    Trains linear heads in the four ways of the paper and measures accuracy and entropy during training (Fig. 1),
+    benchmark score (2), speed-up (3) and exits (4) against ε, and risk against coverage (5).  Each is a PNG and an SVG
+    beside its numbers as CSV.  Run again, the command goes on where it was stopped.
+
+    MODEL is "demo", a Hugging Face Hub id, a local folder, or a GGUF file.
+    """
+    from offramp.cli import paper  # noqa: PLC0415 - see the module's docstring
+
+    paper.figures(
+        session,
+        model,
+        folder or Path("runs/figures-quick" if quick else "runs/figures"),
+        quick=quick,
+        layers=layers or (),
+        eps=eps,
+        tasks=() if tasks == "none" else tuple(tasks.split(",")),
+        limit=limit,
+        shortlist=shortlist or None,
+        tokens=tokens,
+        count=count,
+        heads=heads,
+        dtype=dtype,
+        device=device,
+    )

@@ -255,6 +255,8 @@ def evaluate(
     if output is not None:
         # Loads matplotlib and jinja2; where one is missing, it is said before the work and not after it.
         from offramp.evaluation.report import render_report  # noqa: PLC0415
+
+        output.mkdir(parents=True, exist_ok=True)
     with session.progress() as progress:
         found = evaluation.evaluate(
             exits,
@@ -274,7 +276,6 @@ def evaluate(
         session.show(views.speed_table(found.speed))
     result = {"model": found.model, **tables, "machine": found.machine}
     if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
         for name, rows in tables.items():
             write_csv(output / f"{name}.csv", rows)
         write_json(output / "evaluation.json", plain(result))

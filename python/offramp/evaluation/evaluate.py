@@ -67,7 +67,7 @@ class Evaluation:
         """Everything in numbers, as rows of plain values by the name of their table."""
         tables: dict[str, Rows] = {"forced": [], "confidence": [], "reliability": []}
         for name, reading in self.readings.items():
-            tables["forced"] += [_forced_row(name, point) for point in self.forced[name]]
+            tables["forced"] += [forced_row(name, point) for point in self.forced[name]]
             tables["confidence"] += confidence_rows(name, reading)
             tables["reliability"] += _reliability_rows(name, reading)
         tables["decoded"] = [decoded_row(item) for item in self.decoded]
@@ -178,7 +178,8 @@ def name_of(model: Any) -> str:
     return DEMO_MODEL if name == "demo" else Path(name).name
 
 
-def _forced_row(name: str, point: Point) -> dict[str, Any]:
+def forced_row(name: str, point: Point) -> dict[str, Any]:
+    """Shares, exits, thresholds and agreement of every head at one ε, with intervals."""
     row: dict[str, Any] = {"heads": name, "eps": point.eps, "tokens": sum(point.exits.values())}
     for share in NAMES:
         row[share] = getattr(point.shares, share)

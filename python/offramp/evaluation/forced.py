@@ -213,7 +213,12 @@ class Point:
 
 
 def sweep(
-    reading: Reading, calibration: Calibration, grid: Sequence[float], *, costs: Costs | None = None
+    reading: Reading,
+    calibration: Calibration,
+    grid: Sequence[float],
+    *,
+    mode: str | None = None,
+    costs: Costs | None = None,
 ) -> list[Point]:
     """Take the calibration's thresholds at every ε of a grid through text that was read.
 
@@ -225,6 +230,8 @@ def sweep(
         Gives the thresholds.
     grid : sequence of float
         Targets, in (0, 1).
+    mode : str, optional
+        Take the thresholds of another mode of `offramp.calibrate_cascade` than the calibration's.
     costs : Costs, optional
         From ``EarlyExitModel.plan``; with them time is predicted.
     """
@@ -235,7 +242,7 @@ def sweep(
     right = np.append(scores.correct, np.ones((1, len(scores.groups)), bool), axis=0)
     points = []
     for eps in grid:
-        thresholds = calibration.at(eps)
+        thresholds = tuple(calibration.cascade(eps, mode=mode).thresholds.tolist())
         at = scores.first_exit(thresholds)
         agrees = right[at, np.arange(len(at))]
         there = [agrees[at == index] for index in range(len(reading.layers))]

@@ -6,7 +6,7 @@ TEXTS = (
     "Rivers begin in the mountains and end in the sea.",
     "One two three four five six seven eight nine ten.",
     "The baker opened his shop before the sun came up, and the whole street smelled of bread.",
-    "Snow fell. " * 12,
+    "Snow fell. " * 24,
 )
 
 
