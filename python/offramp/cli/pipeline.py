@@ -54,11 +54,13 @@ def prepare(session: Session, dtype: str | None, device: str | None) -> None:
         notes.disable_progress_bar()
 
 
-def open_model(session: Session, name: str, *, dtype: str | None, device: str | None) -> tuple[Any, Any]:
+def open_model(
+    session: Session, name: str, *, dtype: str | None, device: str | None, unpacked: Path | None = None
+) -> tuple[Any, Any]:
     """Load the base model and its tokenizer."""
     prepare(session, dtype, device)
     session.say(f"Loading {name}")
-    return load_model(name, dtype=dtype, device=device)
+    return load_model(name, dtype=dtype, device=device, unpacked=unpacked)
 
 
 def open_exits(

@@ -18,7 +18,7 @@ _SHOWN_PASSAGES = 3
 def demo(session: Session, folder: Path, *, tokens: int, dtype: str | None, device: str | None) -> None:
     """Run the demo, show it, and write its report."""
     config = DemoConfig(training_tokens=tokens, seed=session.seed)
-    model, tokenizer = open_model(session, "demo", dtype=dtype, device=device)
+    model, tokenizer = open_model(session, "demo", dtype=dtype, device=device, unpacked=folder / "model")
     with session.progress() as progress:
         result = run_demo(model, tokenizer, folder, config, say=session.say, progress=progress)
     report = folder / "report.html"

@@ -17,7 +17,7 @@ from offramp.evaluation.evaluate import name_of
 from offramp.evaluation.findings import Findings
 from offramp.evaluation.speed import Speed, measure_speed
 from offramp.llm.calibrating import Calibration
-from offramp.llm.files import read_json, sha256_of, write_json
+from offramp.llm.files import read_json_if_whole, sha256_of, write_json
 from offramp.llm.heads import HeadConfig
 from offramp.llm.model import EarlyExitModel
 from offramp.llm.prompts import prompts
@@ -54,7 +54,7 @@ class DemoConfig:
     head_kind: Literal["mlp", "linear"] = "mlp"
     shortlist: int | None = 8192
     training_tokens: int = 20_000
-    epochs: int = 4
+    epochs: int = 3
     calibration_tokens: int = 4_000
     eps: float = 0.9
     eps_checked: tuple[float, ...] = (0.8, 0.9, 0.95)
@@ -207,11 +207,8 @@ def _train(
 
 def _reuse(model: Any, tokenizer: Any, folder: Path, config: DemoConfig, say: Say) -> EarlyExitModel | None:
     """Take the heads an earlier run left, if they are whole, this model's, and made as `config` asks."""
-    record = folder / _RECORD
-    if not record.exists():
-        return None
     try:
-        if read_json(record) != _identity(folder, config):
+        if read_json_if_whole(folder / _RECORD) != _identity(folder, config):
             return None
         ee = EarlyExitModel.from_pretrained(folder / "heads", model=model, tokenizer=tokenizer)
     except (StorageError, ModelError, OSError):
@@ -238,7 +235,8 @@ def _decode(
     """Decode and check held-out prompts, or read what an earlier run found: the same heads find the same."""
     path = folder / "held-out.json"
     identity = _identity(folder, config)
-    if path.exists() and (stored := read_json(path)).get("identity") == identity:
+    stored = read_json_if_whole(path)
+    if stored is not None and stored.get("identity") == identity:
         say(f"Using the held-out text an earlier run left in {path}")
         return tuple(Decoded.from_dict(item) for item in stored["decoded"])
     held_out = prompts("held_out")[: config.prompts]

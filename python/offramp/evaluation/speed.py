@@ -18,6 +18,9 @@ from offramp.llm.model import EarlyExitModel
 PLAIN = "transformers generate, KV cache"
 OFF = "offramp, exits off"
 
+# Tokens each contender writes before it is timed.
+_WARM_UP = 3
+
 
 @dataclass(frozen=True)
 class Speed:
@@ -101,17 +104,18 @@ def measure_speed(
     contenders |= {exits_at(target): partial(ee.generate, mode="exit", eps=target, **ask) for target in eps}
     taken: dict[str, list[float]] = {name: [] for name in contenders}
     same = True
-    for turn, prompt in enumerate([prompts[0], *prompts]):
+    for run in contenders.values():
+        run(**model_inputs(ee, prompts[:1]) | {"max_new_tokens": _WARM_UP})
+    for number, prompt in enumerate(prompts, 1):
         inputs = model_inputs(ee, [prompt])
         written = {}
         for name, run in contenders.items():
             start = time.perf_counter()
             written[name] = run(**inputs)[0, inputs["input_ids"].shape[1] :].tolist()
-            if turn:
-                taken[name].append(len(written[name]) / (time.perf_counter() - start))
+            taken[name].append(len(written[name]) / (time.perf_counter() - start))
         same = same and written[PLAIN] == written[OFF]
         if progress is not None:
-            progress("timing", turn, len(prompts))
+            progress("timing", number, len(prompts))
     return Speed(taken, same, max_new_tokens)
 
 

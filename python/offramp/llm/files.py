@@ -54,6 +54,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def read_json_if_whole(path: Path) -> dict[str, Any] | None:
+    """Read a JSON object from a file; ``None`` where there is no file, or a damaged one: for what can be made anew."""
+    try:
+        return read_json(path)
+    except StorageError:
+        return None
+
+
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:

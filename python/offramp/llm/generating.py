@@ -9,8 +9,10 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
+from offramp.errors import ModelError
 from offramp.llm.cache import GrowingCache
 from offramp.llm.sequences import TokenSequence, left_pad
 from offramp.llm.trunk import Trunk, positions_from_mask
@@ -230,9 +232,21 @@ def _pick(
     logits: torch.Tensor, temperatures: torch.Tensor, generator: torch.Generator | None
 ) -> torch.Tensor:
     """Next token of every row: argmax where the temperature is 0, else a sample."""
-    tokens = logits.argmax(dim=-1)
+    largest, tokens = logits.max(dim=-1)
+    if bool(largest.isnan().any()):
+        raise ModelError("model: its last layer gave logits that are NaN; check its weights and its dtype")
     warm = temperatures > 0
     if bool(warm.any()):
-        scaled = (logits[warm] / temperatures[warm, None]).softmax(dim=-1)
-        tokens[warm] = torch.multinomial(scaled, 1, generator=generator).squeeze(1)
+        tokens[warm] = _sample(logits[warm], temperatures[warm], generator)
     return tokens
+
+
+def _sample(
+    logits: torch.Tensor, temperatures: torch.Tensor, generator: torch.Generator | None
+) -> torch.Tensor:
+    """Draw a token a row by inversion: one random number, where ``multinomial`` takes one for every token."""
+    weights = ((logits - logits.amax(dim=-1, keepdim=True)) / temperatures[:, None]).exp_()
+    # numpy adds up in float64 without a copy of the weights in it.
+    sums = torch.from_numpy(np.cumsum(weights.numpy(), axis=-1, dtype=np.float64))
+    drawn = torch.rand(len(sums), 1, dtype=torch.float64, generator=generator) * sums[:, -1:]
+    return torch.searchsorted(sums, drawn, right=True).squeeze(1).clamp_(max=logits.shape[-1] - 1)

@@ -294,9 +294,8 @@ class LinearHead(ExitHead):
         return features
 
 
-@register_head("mlp")
-class MLPHead(ExitHead):
-    """A small trained transform, read with the model's own norm and output rows."""
+class _ReadAsTheModel(ExitHead):
+    """A head whose features are put through the model's own norm, which is neither trained nor stored."""
 
     borrowed = ("norm.",)
 
@@ -308,8 +307,22 @@ class MLPHead(ExitHead):
         rows: tuple[torch.Tensor, torch.Tensor | None] | None = None,
     ) -> None:
         super().__init__(trunk, config, shortlist, rows)
-        self.fits = trunk.num_layers
         self.norm = copy.deepcopy(trunk.norm).float().requires_grad_(False)
+
+
+@register_head("mlp")
+class MLPHead(_ReadAsTheModel):
+    """A small trained transform, read with the model's own norm and output rows."""
+
+    def __init__(
+        self,
+        trunk: Trunk,
+        config: HeadConfig,
+        shortlist: torch.Tensor | None,
+        rows: tuple[torch.Tensor, torch.Tensor | None] | None = None,
+    ) -> None:
+        super().__init__(trunk, config, shortlist, rows)
+        self.fits = trunk.num_layers
         self.transform = RidgeMLP(trunk.hidden_size, config.width or trunk.hidden_size).to(trunk.device)
 
     def features(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -323,7 +336,7 @@ class MLPHead(ExitHead):
 
 
 @register_head("adapter")
-class AdapterHead(ExitHead):
+class AdapterHead(_ReadAsTheModel):
     """Decoder layers of the model's own class, between a linear map and the model's own norm and output rows.
 
     The map is fitted to the input of the model's last layers, copies of which the layers start as: a head that maps
@@ -342,7 +355,6 @@ class AdapterHead(ExitHead):
         super().__init__(trunk, config, shortlist, rows)
         self.branch = Branch(trunk, config.depth)
         self.fits = trunk.num_layers - config.depth
-        self.norm = copy.deepcopy(trunk.norm).float().requires_grad_(False)
         self.linear = nn.Linear(trunk.hidden_size, trunk.hidden_size).to(trunk.device)
         nn.init.eye_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
