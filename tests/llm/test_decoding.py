@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from offramp import EarlyExitModel, InputError, top2_margin
-from offramp.llm.cache import cache_argument
+from offramp.llm.cache import GrowingCache, cache_argument
 from offramp.llm.decoding import Exit, Rollout
 from offramp.llm.sequences import TokenSequence
 from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
@@ -117,6 +117,25 @@ def test_the_flushed_cache_is_the_full_models(trained, model, thresholds, prompt
             full = getattr(cache.layers[layer], name).transpose(1, 2)[kept]
             assert mine.shape == full.shape
             torch.testing.assert_close(mine, full, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["off", "exit", "verify"])
+def test_the_cache_that_is_returned_serves_the_model_itself(trained, model, thresholds, prompts, mode):
+    """The model goes on from it as from its own, whichever layers the tokens left after."""
+    ids, mask = prompts
+    settings = {"mode": mode, "thresholds": thresholds if mode != "off" else None, "max_new_tokens": 20}
+    output = trained.generate(ids, attention_mask=mask, return_dict_in_generate=True, **settings)
+    (cache,) = [value for value in output.values() if isinstance(value, GrowingCache)]
+    length = output.sequences.shape[1]
+    assert {cache.length(layer) for layer in range(6)} == {length - 1}
+    more = {"attention_mask": torch.cat([mask, mask.new_ones(4, length - 9)], dim=1), "max_new_tokens": 8}
+    expected = model.generate(output.sequences, do_sample=False, **more)
+    cached = cache_argument(model.forward, cache)
+    assert torch.equal(model.generate(output.sequences, do_sample=False, **more, **cached), expected)
+    without = trained.generate(
+        ids, attention_mask=mask, return_dict_in_generate=True, use_cache=False, **settings
+    )
+    assert not any(isinstance(value, GrowingCache) for value in without.values())
 
 
 def test_a_batch_gives_what_its_rows_give_alone(trained, thresholds, prompts):

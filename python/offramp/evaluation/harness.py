@@ -197,8 +197,7 @@ def task_scores(
         limit=limit,
         task_manager=manager,
         log_samples=False,
-        # Only metrics that are no means are resampled.
-        bootstrap_iters=1000,
+        bootstrap_iters=0,
     )
     assert found is not None
     for task, metrics in found["results"].items():

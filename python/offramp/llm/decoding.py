@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, cast
 
 import numpy as np
@@ -393,7 +393,18 @@ def decode(
         logits=cast(Any, all_logits or None),
         exit_layers=stats.exit_layers,
         stats=stats,
+        **finished_cache(rollout, generation_config),
     )
+
+
+def finished_cache(rollout: Rollout, generation_config: GenerationConfig) -> dict[str, Any]:
+    """Give the caller who asked for an output object its cache, whole: every token but the last, in every layer."""
+    if not (generation_config.return_dict_in_generate and generation_config.use_cache):
+        return {}
+    rollout.flush()
+    # transformers 5.24 renamed it.
+    renamed = any(item.name == "cache" for item in fields(GenerateDecoderOnlyOutput))
+    return {"cache" if renamed else "past_key_values": rollout.cache}
 
 
 def _picker(

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from offramp.errors import ModelError
+
 _SAMPLES_PER_PARAMETER = 64
 # Two roundings of one weight, to bfloat16 and to float16, lie within 2^-8 of it; float16 loses what is under 2^-25.
 _RELATIVE = 2.0**-7
@@ -64,9 +66,19 @@ def _cast(samples: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def fingerprint(model: nn.Module) -> Fingerprint:
-    """Take the fingerprint of a model's parameters; milliseconds, whatever the model's size."""
+    """Take the fingerprint of a model's parameters; milliseconds, whatever the model's size.
+
+    Raises
+    ------
+    ModelError
+        If weights are offloaded.
+    """
     names, samples = [], []
     for name, parameter in sorted(model.named_parameters()):
+        if parameter.is_meta:
+            raise ModelError(
+                f"model: {name} is not in memory but offloaded; load the model with a device_map that offloads nothing"
+            )
         names.append(f"{name}{tuple(parameter.shape)}")
         flat = parameter.detach().reshape(-1)
         count = min(_SAMPLES_PER_PARAMETER, flat.numel())

@@ -67,9 +67,14 @@ _FAMILIES = {
     "PhiDecoderLayer": _Family(before_block=None, beside=True),
 }
 # MKL's product of a few rows in float32 takes the time of several single ones where it has no AVX-512 (measured at 2
-# to 8 rows: 1.1 to 4 times as long); with the rows as columns it does not.
+# to 8 rows: 1.1 to 4 times as long); with the rows as columns it does not.  There torch also multiplies 16-bit numbers
+# row by row: from 4 rows on, a float32 copy of each weight for the moment of the product is faster (40 rows: 5 times).
 _ROWS_AS_COLUMNS = torch.backends.mkl.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX2"
 _FEW = 8
+_WORTH_WIDENING = 4
+# Rows of a weight that are widened at a time, so that they stay in the processor's cache.
+_PART = 2048
+_HALVES = (torch.bfloat16, torch.float16)
 # Rotary angles that depend on a position alone, so that a table holds them.
 _FIXED_ANGLES = ("default", "linear", "llama3", "yarn")
 
@@ -128,19 +133,20 @@ class LeanLayer:
     def run(
         self,
         hidden: torch.Tensor,
+        batch: int,
         rotary: Rotary | None,
         partner: torch.Tensor,
         mask: torch.Tensor | None,
         cache: GrowingLayer,
     ) -> torch.Tensor:
-        """Run the layer over new rows (B, q, H), appending their keys and values to the cache.
+        """Run the layer over new rows (B * q, H), appending their keys and values to the cache.
 
         ``rotary`` holds cosines and signed sines, each (B, q, 1, head size), ``partner`` the dimension each is rotated
         with; ``mask`` is True where a query may look, (B or 1, 1, groups * q, cached + q), or ``None`` for a single
         query that sees everything within the window.
         """
         normed = self.before_attention(hidden) if self.before_attention else hidden
-        attended = self._attend(normed, rotary, partner, mask, cache)
+        attended = self._attend(normed, batch, rotary, partner, mask, cache)
         if self.beside:
             return hidden + attended + self._feed(normed)
         hidden = self._add(hidden, attended, self.after_attention)
@@ -155,28 +161,33 @@ class LeanLayer:
     def _attend(
         self,
         normed: torch.Tensor,
+        batch: int,
         rotary: Rotary | None,
         partner: torch.Tensor,
         mask: torch.Tensor | None,
         cache: GrowingLayer,
     ) -> torch.Tensor:
-        batch, queries, _ = normed.shape
+        queries = len(normed) // batch
         query, key, value = self._project(normed)
         # Rotated together: the fewer operations, the better.
         both = torch.cat((query, key), dim=-1).view(batch, queries, -1, self.head_size)
         if rotary is not None:
             both = both * rotary[0] + both.index_select(-1, partner) * rotary[1]
-        heads = self.widths[0] // self.head_size
-        keys, values = cache.append(both[:, :, heads:], value.view(batch, queries, -1, self.head_size))
+        wide, narrow = self.widths[0] // self.head_size, self.widths[1] // self.head_size
+        query, key = both.split((wide, narrow), dim=2)
+        keys, values = cache.append(key, value.view(batch, queries, narrow, self.head_size))
         if mask is None and self.window is not None:
             keys, values = keys[:, :, -self.window :], values[:, :, -self.window :]
-        # Query heads that share a key head are laid out as more queries of it, so that keys are not repeated.
-        query = both[:, :, :heads].transpose(1, 2).reshape(batch, keys.shape[1], -1, self.head_size)
+        # Query heads that share a key head are laid out as more queries of it, so that keys are not repeated; a single
+        # position is laid out so already.
+        if queries > 1:
+            query = query.transpose(1, 2)
         mixed = functional.scaled_dot_product_attention(
-            query, keys, values, attn_mask=mask, scale=self.scaling
+            query.reshape(batch, narrow, -1, self.head_size), keys, values, attn_mask=mask, scale=self.scaling
         )
-        mixed = mixed.reshape(batch, heads, queries, self.head_size).transpose(1, 2)
-        return linear(mixed.reshape(batch, queries, -1), *self.output)
+        if queries > 1:
+            mixed = mixed.reshape(batch, wide, queries, self.head_size).transpose(1, 2)
+        return linear(mixed.reshape(len(normed), -1), *self.output)
 
     def _project(self, normed: torch.Tensor) -> Sequence[torch.Tensor]:
         parts: Sequence[torch.Tensor] = [linear(normed, *weights) for weights in self.projections]
@@ -245,8 +256,9 @@ class Lean:
         padding: torch.Tensor | None,
     ) -> torch.Tensor:
         """Run layers, the first of which stands for layer ``first``, over new rows, as `Trunk.run` does."""
-        queries = hidden.shape[1]
+        batch, queries, _ = hidden.shape
         length = cache.length(first) + queries
+        hidden = hidden.reshape(batch * queries, -1)
         rotary: dict[str | None, Rotary | None] = {None: None}
         masks: dict[int | None, torch.Tensor | None] = {}
         for layer, held in zip(layers, cache.growing[first:], strict=False):
@@ -258,8 +270,15 @@ class Lean:
                 masks[layer.window] = attention_mask(
                     length, queries, groups, padding, layer.window, hidden.device
                 )
-            hidden = layer.run(hidden, rotary[layer.kind], self._partner, masks[layer.window], held)
-        return hidden
+            hidden = layer.run(hidden, batch, rotary[layer.kind], self._partner, masks[layer.window], held)
+        return hidden.view(batch, queries, -1)
+
+    def pays(self, hidden: torch.Tensor, cached: int) -> bool:
+        """Whether its products are faster than the model's own for rows (B, q, H) after ``cached`` tokens.
+
+        Before the first token the model's modules do as well, in float32 to the last bit.
+        """
+        return cached > 0 or (_ROWS_AS_COLUMNS and hidden.dtype in _HALVES and not hidden.is_cuda)
 
     def _table(self, kind: str, length: int, hidden: torch.Tensor) -> Rotary:
         """Cosines and signed sines for at least ``length`` positions; the table grows by doubling."""
@@ -328,12 +347,25 @@ def attention_mask(
 
 
 def linear(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """``functional.linear`` over rows (B, q, H), by the product that is fastest for so many."""
-    rows = hidden.shape[0] * hidden.shape[1]
-    if not (_ROWS_AS_COLUMNS and 1 < rows <= _FEW and hidden.dtype == torch.float32 and not hidden.is_cuda):
+    """``functional.linear`` over rows (..., H), by the product that is fastest for so many."""
+    rows = hidden.numel() // hidden.shape[-1]
+    narrow = hidden.dtype in _HALVES
+    slow = rows >= _WORTH_WIDENING if narrow else 1 < rows <= _FEW and hidden.dtype == torch.float32
+    if not (_ROWS_AS_COLUMNS and slow) or hidden.is_cuda:
         return functional.linear(hidden, weight, bias)
-    found = torch.mm(weight, hidden.reshape(rows, -1).T).T.reshape(*hidden.shape[:2], -1)
+    columns = hidden.reshape(rows, -1).T
+    if narrow:
+        columns = columns.float()
+        found = torch.cat([torch.mm(part.float(), columns) for part in weight.split(_PART)]).to(hidden.dtype)
+    else:
+        found = torch.mm(weight, columns)
+    found = found.T.reshape(*hidden.shape[:-1], -1)
     return found if bias is None else found + bias
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a linear map is its weight and no more: quantisers replace the module, or what stands for its weight."""
+    return type(module) is nn.Linear and type(module.weight) is nn.Parameter and "forward" not in vars(module)
 
 
 def _has_fixed_angles(config: Any) -> bool:
@@ -358,7 +390,7 @@ def _unusual(layer: nn.Module) -> bool:
         or type(getattr(attention, "q_layernorm", None)).__name__ == "StableLmLayerNormPerHead"
         or bool(getattr(layer, "use_parallel_residual", False))
     )
-    return hooked or patched or other or any(type(module) is not nn.Linear for module in linears)
+    return hooked or patched or other or not all(map(is_plain, linears))
 
 
 def _describe(layer: Any, kind: str, window: int | None, family: _Family, config: Any) -> LeanLayer:

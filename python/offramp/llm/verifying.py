@@ -17,7 +17,7 @@ import torch
 from transformers import GenerationConfig
 
 from offramp.llm.auditing import Audit
-from offramp.llm.decoding import EarlyExitOutput, GenerationStats, Rollout, Step
+from offramp.llm.decoding import EarlyExitOutput, GenerationStats, Rollout, Step, finished_cache
 
 
 @torch.no_grad()
@@ -73,7 +73,10 @@ def decode_verified(
         audit.tokens[:] = (text.depths > 0).sum(dim=1).numpy()
     stats = GenerationStats.of(text.depths, rollout, time.perf_counter() - started, rejected=text.rejected)
     return EarlyExitOutput(
-        sequences=cast(torch.LongTensor, text.tokens), exit_layers=stats.exit_layers, stats=stats
+        sequences=cast(torch.LongTensor, text.tokens),
+        exit_layers=stats.exit_layers,
+        stats=stats,
+        **finished_cache(rollout, generation_config),
     )
 
 

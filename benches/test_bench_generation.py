@@ -1,0 +1,85 @@
+"""The benches of whole generations, on a model of a moment: that they run, and see what is wrong."""
+
+from __future__ import annotations
+
+import generation
+import lossless
+import offramp
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+TOKENS = 12
+
+
+@pytest.fixture(scope="module")
+def ee():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    model = LlamaForCausalLM(config).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            parameter.mul_(7)
+    exits = offramp.EarlyExitModel(model, None, layers=(1, 3), head=offramp.HeadConfig("mlp", shortlist=50))
+    texts = list(torch.randint(3, 61, (40, 20)))
+    exits.train_heads(sequences=texts, epochs=4, batch_size=64)
+    exits.calibrate(0.3, sequences=texts)
+    return exits
+
+
+@pytest.fixture
+def prompts():
+    return [torch.arange(3 + row, 9 + 2 * row) for row in range(5)]
+
+
+def test_the_race_shows_every_contender_with_both_gains_apart(ee, prompts):
+    runs = generation.contenders(ee, TOKENS, [0.2, 0.3])
+    generation.check(ee, runs, prompts[:2], 1e-4)
+    for name, settings in generation.peers(ee, TOKENS).items():
+        layer, runs[name] = generation.fastest(settings, prompts[0])
+        assert layer in ee.layers
+    found = list(generation.rows(ee, generation.race(ee, runs, prompts[:3])))
+    by_name = {row["name"]: row for row in found}
+    assert by_name.keys() == runs.keys()
+    assert by_name[generation.PLAIN]["over_transformers"] == by_name[generation.OFF]["over_exits_off"] == 1
+    for name in (generation.PLAIN, generation.OFF, generation.VERIFY, "transformers assistant_early_exit"):
+        assert by_name[name]["agreement"] == 1
+    early = by_name["offramp, exits at ε = 0.2"]
+    assert sum(early["tokens_by_exit"].values()) > early["tokens_by_exit"][4]
+    assert early["agreement"] < 1
+    lines = list(generation.table(found))
+    assert len(lines) == 2 + len(runs)
+    assert len({line.count("|") for line in lines}) == 1
+
+
+def test_what_writes_another_text_is_not_timed(ee, prompts):
+    runs = generation.contenders(ee, TOKENS, [0.2])
+    runs[generation.VERIFY] = runs["offramp, exits at ε = 0.2"]
+    with pytest.raises(SystemExit, match=r"^offramp, verify does not write what transformers writes"):
+        generation.check(ee, runs, prompts, 1e-4)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_verify_mode_is_compared_text_by_text(ee, prompts, batch):
+    found = lossless.summary(list(lossless.compare(ee, prompts, TOKENS, batch, thresholds=[0.5, 0.0])), 1e-4)
+    assert found["prompts"] == found["identical_texts"] == len(prompts)
+    assert found["kept_drafts"] > 0
+    assert found["rejected_drafts"] > 0
+    assert found["wrong"] == 0
+
+
+def test_a_text_that_is_not_the_models_own_is_seen(ee, prompts, monkeypatch):
+    right = ee.generate
+    monkeypatch.setattr(ee, "generate", lambda ids, mode, **ask: right(ids, mode="exit", **ask))
+    found = lossless.summary(list(lossless.compare(ee, prompts, TOKENS, thresholds=[0.5, 0.0])), 1e-4)
+    assert found["wrong"] == len(found["gaps_at_first_difference"]) > 0
