@@ -234,6 +234,17 @@ def test_refusals(option, message):
             function(**arguments)
 
 
+def test_what_is_promised_of_each_threshold():
+    scores, correct = heads_like(np.random.default_rng(9), 2, 2000)
+    scores[1], correct[1] = 0.5, False
+    plain = calibrate_cascade(scores, correct, 0.9, mode="marginal")
+    assert plain.guarantees == ("no guarantee (marginal)", "never exits")
+    certified = calibrate_cascade(scores, correct, 0.9, delta=0.1)
+    assert certified.guarantees == ("at least 0.9, at confidence 0.9", "never exits")
+    budget = calibrate_cascade(scores, correct, 0.9, delta=0.1, mode="budget", costs=[1, 2, 3])
+    assert budget.guarantees[0] == "the budget, with all heads, at confidence 0.9"
+
+
 def test_printed_as_a_table():
     cascade = calibrate_cascade(
         [[0.9, 0.8, 0.1], [0.9, 0.5, 0.1]], [[1, 0, 0], [1, 1, 0]], 0.9, costs=[1, 2, 4]

@@ -188,7 +188,9 @@ def test_evaluation_checks_every_target(workplace, tmp_path):
     assert len(found["reliability"]) == 2 * 15
     assert len(found["speed"]) == 4
     assert found["speed"][0]["same_tokens"] is True
-    for name in ("forced", "decoded", "confidence", "reliability", "speed"):
+    assert len(found["thresholds"]) == 3 * len(LAYERS)
+    assert {row["guarantee"] for row in found["thresholds"]} <= {"never exits", "no guarantee (sequential)"}
+    for name in ("forced", "thresholds", "decoded", "confidence", "reliability", "speed"):
         stored = read_csv(tmp_path / "found" / f"{name}.csv")
         for row, expected in zip(stored, found[name], strict=True):
             for key, value in expected.items():

@@ -192,7 +192,17 @@ def test_numbers_of_the_tables_are_the_results(result, read):
     for threshold, coverage in zip(result.calibration.thresholds, result.calibration.coverage, strict=True):
         assert (f"{threshold:.6f}" if math.isfinite(threshold) else "never exits") in text
         assert f"{coverage:.1%}" in text
+    assert "no guarantee (sequential)" in text
     assert f"{result.speed.ratio(exits_at(0.9), OFF):.2f}" in text
+
+
+def test_a_guarantee_stands_beside_its_threshold(result):
+    found = replace(result.calibration.cascade(), delta=0.1)
+    assert found.found
+    known = {(0.9, "sequential", 0.1, tuple(range(len(LAYERS)))): found}
+    page = render_report(Findings("m", replace(result.calibration, delta=0.1, _known=known)))
+    assert "<td>at least 0.9, at confidence 0.9</td>" in page
+    assert "no guarantee" not in page
 
 
 def test_a_report_without_text_or_timing_leaves_them_out(result):

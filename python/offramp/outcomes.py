@@ -154,6 +154,16 @@ class Cascade:
         )
         return found
 
+    @property
+    def guarantees(self) -> tuple[str, ...]:
+        """What is promised of new samples at each threshold, in a few words."""
+        if self.delta is None:
+            promised = f"no guarantee ({self.mode})"
+        else:
+            what = "the budget, with all heads" if self.mode == "budget" else f"at least {self.eps:g}"
+            promised = f"{what}, at confidence {1 - self.delta:g}"
+        return tuple(promised if math.isfinite(tau) else "never exits" for tau in self.thresholds)
+
     def __str__(self) -> str:
         """Table of the heads."""
         promise = "" if self.delta is None else f", certified at confidence {1 - self.delta:g}"

@@ -271,7 +271,12 @@ def evaluate(
             progress=progress,
         )
     tables = found.tables()
-    session.show(*views.forced_tables(found.forced), views.confidence_table(tables["confidence"]))
+    of_interest = [row for row in tables["thresholds"] if row["eps"] in eps] or tables["thresholds"]
+    session.show(
+        *views.forced_tables(found.forced),
+        views.thresholds_table(of_interest),
+        views.confidence_table(tables["confidence"]),
+    )
     if found.decoded:
         session.show(views.agreement_table(found.decoded))
     if found.speed is not None:

@@ -96,6 +96,31 @@ def forced_tables(forced: Mapping[str, Sequence[Point]]) -> list[Table]:
     return tables
 
 
+def thresholds_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Tabulate thresholds and what is promised of each: rows of `Evaluation.tables`."""
+    table = _table(
+        "Thresholds, what heads take of the text the full model wrote, and what was promised",
+        "heads",
+        "ε",
+        "after layer",
+        "threshold",
+        "takes",
+        "agrees",
+        "guarantee",
+    )
+    for row in rows:
+        table.add_row(
+            row["heads"],
+            f"{row['eps']:g}",
+            str(row["layer"]),
+            f"{row['threshold']:.6f}" if math.isfinite(row["threshold"]) else "never",
+            percent(row["takes"]),
+            percent(row["agreement"]),
+            row["guarantee"],
+        )
+    return table
+
+
 def confidence_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Tabulate how well each confidence sorts: rows of `Evaluation.tables`."""
     table = _table(

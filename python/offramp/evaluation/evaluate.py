@@ -65,9 +65,11 @@ class Evaluation:
 
     def tables(self) -> dict[str, Rows]:
         """Everything in numbers, as rows of plain values by the name of their table."""
-        tables: dict[str, Rows] = {"forced": [], "confidence": [], "reliability": []}
+        tables: dict[str, Rows] = {"forced": [], "thresholds": [], "confidence": [], "reliability": []}
         for name, reading in self.readings.items():
             tables["forced"] += [forced_row(name, point) for point in self.forced[name]]
+            for point in self.forced[name]:
+                tables["thresholds"] += threshold_rows(name, point)
             tables["confidence"] += confidence_rows(name, reading)
             tables["reliability"] += _reliability_rows(name, reading)
         tables["decoded"] = [decoded_row(item) for item in self.decoded]
@@ -190,6 +192,24 @@ def forced_row(name: str, point: Point) -> dict[str, Any]:
     for layer, tau, agreement in zip(point.exits, point.thresholds, point.head_agreement, strict=False):
         row[f"threshold_{layer}"], row[f"agreement_{layer}"] = tau, agreement
     return row
+
+
+def threshold_rows(name: str, point: Point) -> Rows:
+    """Every head's threshold at one ε, what it takes of the text and how often it is right, and what is promised."""
+    tokens = sum(point.exits.values())
+    columns = (point.exits, point.thresholds, point.head_agreement, point.guarantees)
+    return [
+        {
+            "heads": name,
+            "eps": point.eps,
+            "layer": layer,
+            "threshold": tau,
+            "takes": point.exits[layer] / tokens,
+            "agreement": agreement,
+            "guarantee": guarantee,
+        }
+        for layer, tau, agreement, guarantee in zip(*columns, strict=False)
+    ]
 
 
 def confidence_rows(name: str, reading: Reading) -> Rows:

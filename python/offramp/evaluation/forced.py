@@ -202,6 +202,8 @@ class Point:
         Agreement, tokens that leave early, and mean layers, with intervals.
     predicted : float
         Seconds a token takes, predicted from the costs of the parts on this machine; NaN if not asked for.
+    guarantees : tuple of str
+        What is promised at each threshold, in words.
     """
 
     eps: float
@@ -210,6 +212,7 @@ class Point:
     head_agreement: tuple[float, ...]
     shares: Shares
     predicted: float = float("nan")
+    guarantees: tuple[str, ...] = ()
 
 
 def sweep(
@@ -242,7 +245,8 @@ def sweep(
     right = np.append(scores.correct, np.ones((1, len(scores.groups)), bool), axis=0)
     points = []
     for eps in grid:
-        thresholds = tuple(calibration.cascade(eps, mode=mode).thresholds.tolist())
+        cascade = calibration.cascade(eps, mode=mode)
+        thresholds = tuple(cascade.thresholds.tolist())
         at = scores.first_exit(thresholds)
         agrees = right[at, np.arange(len(at))]
         there = [agrees[at == index] for index in range(len(reading.layers))]
@@ -254,6 +258,7 @@ def sweep(
                 tuple(float(found.mean()) if len(found) else float("nan") for found in there),
                 Shares.of(scores.groups, agrees, depths[at], reading.num_layers),
                 replay.exit(thresholds) if replay is not None else float("nan"),
+                cascade.guarantees,
             )
         )
     return points

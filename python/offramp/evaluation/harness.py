@@ -197,7 +197,8 @@ def task_scores(
         limit=limit,
         task_manager=manager,
         log_samples=False,
-        bootstrap_iters=0,
+        # Only metrics that are no means are resampled.
+        bootstrap_iters=1000,
     )
     assert found is not None
     for task, metrics in found["results"].items():

@@ -45,7 +45,14 @@ def render_report(found: Findings) -> str:
         layers=layers,
         whole=calibration.num_layers,
         heads=list(
-            zip(layers, calibration.thresholds, calibration.coverage, calibration.accuracy, strict=True)
+            zip(
+                layers,
+                calibration.thresholds,
+                calibration.coverage,
+                calibration.accuracy,
+                calibration.cascade().guarantees,
+                strict=True,
+            )
         ),
         figures=draw_all(found),
         colours={

@@ -7,9 +7,9 @@
 
 use crate::cascade::{Heads, Keys};
 use crate::error::{Error, Result};
-use crate::ladder::Bucketed;
 use crate::run::Run;
 use crate::sort::sort_pairs;
+use crate::threshold::Calibratable;
 
 /// Prices tried, each half as far from the best as the one before.
 const PRICES: usize = 24;
@@ -35,7 +35,7 @@ pub(crate) struct Allowance<'a> {
 }
 
 /// The best thresholds found, starting from others that may or may not keep within the allowance.
-pub(crate) fn cheapest<S: Bucketed>(
+pub(crate) fn cheapest<S: Calibratable>(
     heads: &Heads<S>,
     alive: &[u64],
     start: Keys<S>,
@@ -88,7 +88,7 @@ struct Best<K> {
 
 impl<K: crate::order::Key> Best<K> {
     /// Whether the thresholds keep within the allowance; the cheapest are kept.
-    fn offer<S: Bucketed<Key = K>>(&mut self, search: &Search<S>, keys: &Keys<S>) -> bool {
+    fn offer<S: Calibratable<Key = K>>(&mut self, search: &Search<S>, keys: &Keys<S>) -> bool {
         let (taken, wrong) = search.totals(keys);
         if !search.allows(wrong) {
             return false;
@@ -123,7 +123,7 @@ impl Exchange {
     }
 }
 
-struct Search<'a, S: Bucketed> {
+struct Search<'a, S: Calibratable> {
     heads: &'a Heads<'a, S>,
     allowance: Allowance<'a>,
     /// The samples that count.
@@ -132,7 +132,7 @@ struct Search<'a, S: Bucketed> {
     falling: Vec<Vec<(S::Key, u32)>>,
 }
 
-impl<'a, S: Bucketed> Search<'a, S> {
+impl<'a, S: Calibratable> Search<'a, S> {
     fn new(
         heads: &'a Heads<S>,
         alive: &[u64],

@@ -4,10 +4,12 @@ use crate::budget::{Allowance, cheapest};
 use crate::clusters::{Clusters, Tally, wealth_suffices};
 use crate::error::{Error, Result};
 use crate::guarantee::{Claim, require_level};
-use crate::ladder::{Bucketed, Ladder};
+use crate::ladder::Ladder;
 use crate::run::Run;
-use crate::survivors::{Survivors, everyone, remove_from};
+use crate::samples::Given;
+use crate::survivors::{Survivors, count, everyone, take_from};
 use crate::tally::{Counts, Target};
+use crate::threshold::{Calibratable, Rule};
 use crate::validate::{require_pairs, require_targets, require_valid};
 
 /// Steps of the path of thresholds that is certified, from conservative to aggressive.
@@ -64,7 +66,7 @@ pub struct Cascade {
 /// A threshold for each head as a key; None where it never exits.
 pub(crate) type Keys<S> = Vec<Option<<S as crate::order::Score>::Key>>;
 
-impl<'a, S: Bucketed> Heads<'a, S> {
+impl<'a, S: Calibratable> Heads<'a, S> {
     /// Rows of equal length, laid end to end.
     pub fn new(scores: &'a [S], correct: &'a [u8], count: usize) -> Result<Self> {
         require_pairs(scores, correct)?;
@@ -89,7 +91,7 @@ impl<'a, S: Bucketed> Heads<'a, S> {
 }
 
 /// Thresholds for all heads.
-pub fn calibrate_cascade<S: Bucketed>(
+pub fn calibrate_cascade<S: Calibratable>(
     heads: &Heads<S>,
     eps: f64,
     goal: Goal,
@@ -110,28 +112,31 @@ pub fn calibrate_cascade<S: Bucketed>(
     }
 }
 
-fn plug_in<S: Bucketed>(heads: &Heads<S>, eps: f64, goal: Goal, run: &Run) -> Result<Cascade> {
+fn plug_in<S: Calibratable>(heads: &Heads<S>, eps: f64, goal: Goal, run: &Run) -> Result<Cascade> {
     let alive = everyone(heads.samples);
     let target = Target::new(eps);
-    let keys = match goal {
+    let (keys, outcome) = match goal {
         Goal::Marginal => {
             let alone = |head| {
                 let (scores, correct) = heads.row(head);
-                let ladder = Ladder::count(Survivors::all(scores, correct), run)?;
-                Ok(ladder
-                    .lowest(|counts| counts.reach(target))?
-                    .map(|(key, _)| key))
+                let keys = S::lowest(Given { scores, correct }, &[target], Rule::Set, run)?;
+                Ok(keys[0])
             };
-            (0..heads.count).map(alone).collect::<Result<Vec<_>>>()?
+            let keys = (0..heads.count).map(alone).collect::<Result<Keys<S>>>()?;
+            let outcome = outcome(heads, &alive, &keys, run)?;
+            (keys, outcome)
         }
-        Goal::Sequential => sequential(heads, &alive, run, |_, counts| counts.reach(target))?,
-        Goal::Budget(costs, share) => budgeted(heads, &alive, eps, costs, share, run)?,
+        Goal::Sequential => sequential(heads, &alive, target, run)?,
+        Goal::Budget(costs, share) => {
+            let keys = budgeted(heads, &alive, eps, costs, share, run)?;
+            let outcome = outcome(heads, &alive, &keys, run)?;
+            (keys, outcome)
+        }
     };
-    let outcome = outcome(heads, &alive, &keys, run)?;
     Ok(Cascade::of::<S>(&keys, &outcome, heads.samples))
 }
 
-fn budgeted<S: Bucketed>(
+fn budgeted<S: Calibratable>(
     heads: &Heads<S>,
     alive: &[u64],
     eps: f64,
@@ -139,13 +144,12 @@ fn budgeted<S: Bucketed>(
     share: f64,
     run: &Run,
 ) -> Result<Keys<S>> {
-    let target = Target::new(eps);
-    let start = sequential(heads, alive, run, |_, counts| counts.reach(target))?;
+    let (start, _) = sequential(heads, alive, Target::new(eps), run)?;
     cheapest(heads, alive, start, Allowance { costs, share }, run)
 }
 
 impl Cascade {
-    fn of<S: Bucketed>(keys: &Keys<S>, outcome: &[Counts], samples: usize) -> Self {
+    fn of<S: Calibratable>(keys: &Keys<S>, outcome: &[Counts], samples: usize) -> Self {
         let threshold =
             |key: &Option<S::Key>| key.map_or(f64::INFINITY, |key| S::from_key(key).value());
         Self {
@@ -158,77 +162,44 @@ impl Cascade {
     }
 }
 
-/// The lowest threshold of each head that passes on the samples the heads before it left.
-fn sequential<S: Bucketed>(
+/// The lowest threshold of each head on the samples the heads before it left, and what it takes of them.
+fn sequential<S: Calibratable>(
     heads: &Heads<S>,
     alive: &[u64],
+    target: Target,
     run: &Run,
-    passes: impl Fn(usize, Counts) -> bool,
-) -> Result<Keys<S>> {
+) -> Result<(Keys<S>, Vec<Counts>)> {
     let mut alive = alive.to_vec();
-    let mut keys = Vec::with_capacity(heads.count);
+    let (mut keys, mut outcome) = (Vec::new(), Vec::new());
     for head in 0..heads.count {
         let (scores, correct) = heads.row(head);
-        let ladder = Ladder::count(
-            Survivors {
-                scores,
-                correct,
-                alive: Some(&alive),
-            },
-            run,
-        )?;
-        let key = ladder
-            .lowest(|counts| passes(head, counts))?
-            .map(|(key, _)| key);
-        if let Some(key) = key.filter(|_| head + 1 < heads.count) {
-            remove_from(&mut alive, scores, key, run)?;
-        }
+        let given = Given { scores, correct };
+        let key = if count(&alive) == heads.samples {
+            S::lowest(given, &[target], Rule::Set, run)?[0]
+        } else {
+            S::lowest_left(given, &alive, target, run)?
+        };
+        outcome.push(take_from(&mut alive, scores, correct, key, run)?);
         keys.push(key);
     }
-    Ok(keys)
+    Ok((keys, outcome))
 }
 
 /// What each head takes of the samples that reach it.
-fn outcome<S: Bucketed>(
+fn outcome<S: Calibratable>(
     heads: &Heads<S>,
     alive: &[u64],
     keys: &Keys<S>,
     run: &Run,
 ) -> Result<Vec<Counts>> {
     let mut alive = alive.to_vec();
-    let mut found = Vec::with_capacity(heads.count);
-    for (head, key) in keys.iter().enumerate() {
-        let (scores, correct) = heads.row(head);
-        let Some(key) = *key else {
-            found.push(Counts::default());
-            continue;
-        };
-        let left = Survivors {
-            scores,
-            correct,
-            alive: Some(&alive),
-        };
-        let parts = run.map(left.pieces(1 << 18), |piece| {
-            let mut counts = Counts::default();
-            piece.words(|alive, scores, correct| {
-                for (at, (score, flag)) in scores.iter().zip(correct).enumerate() {
-                    let taken = usize::from(alive >> at & 1 == 1 && score.key() >= key);
-                    counts += Counts {
-                        accepted: taken,
-                        correct: taken & usize::from(*flag),
-                    };
-                }
-            });
-            counts
-        })?;
-        found.push(
-            parts
-                .into_iter()
-                .fold(Counts::default(), |sum, part| sum + part),
-        );
-        remove_from(&mut alive, scores, key, run)?;
-    }
-    Ok(found)
+    keys.iter()
+        .enumerate()
+        .map(|(head, &key)| {
+            let (scores, correct) = heads.row(head);
+            take_from(&mut alive, scores, correct, key, run)
+        })
+        .collect()
 }
 
 /// Propose a path of ever lower thresholds on one half and walk it on the other as long as it holds there.
@@ -236,7 +207,7 @@ fn outcome<S: Bucketed>(
 /// The path is fixed before the second half is looked at, so each step may be tested at the full delta and the walk
 /// ends at the first that fails.  A step fails if any of its heads does, and is wrongly passed with probability delta
 /// at most, however many heads there are: one head that misses is enough for the step to be false.
-fn certified<S: Bucketed>(
+fn certified<S: Calibratable>(
     heads: &Heads<S>,
     eps: f64,
     goal: Goal,
@@ -298,7 +269,7 @@ struct Trial<'a, S> {
     run: &'a Run<'a>,
 }
 
-impl<S: Bucketed> Trial<'_, S> {
+impl<S: Calibratable> Trial<'_, S> {
     /// Sequential thresholds for a target accuracy, of the heads that promise to hold on the other half.
     fn propose(
         &self,
@@ -330,7 +301,7 @@ impl<S: Bucketed> Trial<'_, S> {
             }
             let key = found.filter(|_| *entered).map(|(key, _)| key);
             if let Some(key) = key {
-                remove_from(&mut alive, scores, key, self.run)?;
+                take_from(&mut alive, scores, correct, Some(key), self.run)?;
             }
             keys.push(key);
         }
@@ -352,7 +323,8 @@ impl<S: Bucketed> Trial<'_, S> {
             if !self.bet(head, key, &alive, clusters, claim) {
                 return Ok(false);
             }
-            remove_from(&mut alive, self.heads.row(head).0, key, self.run)?;
+            let (scores, correct) = self.heads.row(head);
+            take_from(&mut alive, scores, correct, Some(key), self.run)?;
         }
         Ok(true)
     }
@@ -426,8 +398,4 @@ fn mask(half: &[u8], which: u8) -> Vec<u64> {
 
 fn is_alive(alive: &[u64], sample: usize) -> bool {
     alive[sample / 64] >> (sample % 64) & 1 == 1
-}
-
-fn count(alive: &[u64]) -> usize {
-    alive.iter().map(|word| word.count_ones() as usize).sum()
 }

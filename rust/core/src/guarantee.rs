@@ -196,21 +196,15 @@ pub(crate) fn walk(starts: &[usize], mut passes: impl FnMut(usize) -> bool) -> O
 fn bonferroni<S: Bucketed>(ladder: &Ladder<S>, ranks: &[usize], claim: Claim) -> Result<Found> {
     let claim = claim.shared(ranks.len());
     let beyond: Vec<usize> = ranks.iter().map(|rank| rank + 1).collect();
-    let boundaries = ladder.ranks(&beyond)?;
-    // What scores strictly above a boundary is what the next key up accepts.
-    let next: Vec<S> = boundaries
+    let boundaries = ladder.above_ranks(&beyond)?;
+    let found = boundaries
         .iter()
-        .map(|(key, _)| S::from_key(S::Key::from_index(key.index() + 1)))
-        .collect();
-    let ascending: Vec<f64> = next.iter().rev().map(|score| score.value()).collect();
-    let counts = ladder.at(&ascending)?;
-    let place = counts.iter().position(|&counts| claim.holds(counts));
-    Ok(place.map(|place| {
-        (
-            ascending[place] + 0.0,
-            counts[place],
-            bound(counts[place], claim.delta),
-        )
+        .rev()
+        .find(|&&(_, counts)| claim.holds(counts));
+    Ok(found.map(|&(key, counts)| {
+        // What scores strictly above a boundary is what the next key up accepts.
+        let next = S::from_key(S::Key::from_index(key.index() + 1));
+        (next.value() + 0.0, counts, bound(counts, claim.delta))
     }))
 }
 

@@ -265,6 +265,39 @@ impl<'a, S: Bucketed> Ladder<'a, S> {
         }
     }
 
+    /// The keys of the samples of these ranks, and what scores higher.
+    pub fn above_ranks(&self, ranks: &[usize]) -> Result<Vec<Group<S::Key>>> {
+        let place = |groups: &[Group<S::Key>], rank| {
+            groups.partition_point(|&(_, counts)| counts.accepted >= rank) - 1
+        };
+        let from = match &self.rungs {
+            Rungs::Fine(groups) => {
+                let above = |&rank: &usize| {
+                    let at = place(groups, rank);
+                    let above = groups.get(at + 1).map(|&(_, counts)| counts);
+                    (groups[at].0, above.unwrap_or_default())
+                };
+                return Ok(ranks.iter().map(above).collect());
+            }
+            Rungs::Coarse(from) => from,
+        };
+        let rung = |&rank: &usize| from.partition_point(|counts| counts.accepted >= rank) - 1;
+        let mut wanted: Vec<usize> = ranks.iter().rev().map(rung).collect();
+        wanted.dedup();
+        let groups = self.expand(&wanted)?;
+        let above = |&rank: &usize| {
+            let at = place(&groups, rank);
+            let bucket = self::bucket(S::from_key(groups[at].0)) as usize;
+            // The group after may lie in a bucket further up.
+            let next = groups
+                .get(at + 1)
+                .filter(|(key, _)| self::bucket(S::from_key(*key)) as usize == bucket);
+            let above = next.map_or(from[bucket + 1], |&(_, counts)| counts);
+            (groups[at].0, above)
+        };
+        Ok(ranks.iter().map(above).collect())
+    }
+
     /// The groups of the buckets that hold a stretch of ranks; None where they are too many to gather.
     pub fn stretch(&self, first: usize, last: usize) -> Result<Option<Vec<Group<S::Key>>>> {
         let Rungs::Coarse(from) = &self.rungs else {

@@ -5,10 +5,12 @@
 
 use crate::error::{Error, Result};
 use crate::exhaust::{by_counting, by_sorting, exhaust};
+use crate::ladder::{Bucketed, Ladder};
 use crate::order::Score;
 use crate::run::{Method, Run};
 use crate::samples::{Given, Lane};
 use crate::search::search;
+use crate::survivors::{Left, Survivors};
 use crate::tally::{Counts, Target};
 use crate::validate::{require_pairs, require_targets, require_valid};
 use half::{bf16, f16};
@@ -106,10 +108,19 @@ fn calibrate_head<S: Calibratable>(
 }
 
 /// A score type thresholds can be found for.
-pub trait Calibratable: Score {
+pub trait Calibratable: Bucketed {
     /// The lowest key that reaches each target, ascending.
     #[doc(hidden)]
     fn lowest(samples: Given<Self>, targets: &[Target], rule: Rule, run: &Run) -> Keys<Self>;
+
+    /// The lowest key that reaches a target among the samples that are left.
+    #[doc(hidden)]
+    fn lowest_left(
+        samples: Given<Self>,
+        alive: &[u64],
+        target: Target,
+        run: &Run,
+    ) -> Result<Option<Self::Key>>;
 }
 
 type Keys<S> = Result<Vec<Option<<S as Score>::Key>>>;
@@ -125,6 +136,21 @@ macro_rules! count_or_sort {
                     }
                     _ => by_sorting(&samples, Counts::default(), targets, rule, run),
                 }
+            }
+
+            fn lowest_left(
+                samples: Given<Self>,
+                alive: &[u64],
+                target: Target,
+                run: &Run,
+            ) -> Result<Option<Self::Key>> {
+                let left = Survivors {
+                    scores: samples.scores,
+                    correct: samples.correct,
+                    alive: Some(alive),
+                };
+                let found = Ladder::count(left, run)?.lowest(|counts| counts.reach(target))?;
+                Ok(found.map(|(key, _)| key))
             }
         }
     )*};
@@ -142,6 +168,17 @@ macro_rules! search_or_sort {
                 };
                 let keys = find(&samples, Counts::default(), targets, rule, run)?;
                 Ok(keys.into_iter().map(|key| key.map(Lane::key)).collect())
+            }
+
+            fn lowest_left(
+                samples: Given<Self>,
+                alive: &[u64],
+                target: Target,
+                run: &Run,
+            ) -> Result<Option<Self::Key>> {
+                let left = Left::of(samples.scores, samples.correct, alive);
+                let keys = search(&left, Counts::default(), &[target], Rule::Set, run)?;
+                Ok(keys[0].map(Lane::key))
             }
         }
     )*};

@@ -21,6 +21,8 @@ class PaperConfig:
         Tokens the heads can emit; None for the whole vocabulary, as in the paper, which is slow without a GPU.
     tokens, epochs : int
         Tokens to train on, and how often.
+    batch_size, learning_rate
+        As for `EarlyExitModel.train_heads`: many small steps, so that heads from scratch get somewhere.
     calibration_tokens : int
         Tokens to calibrate on.
     grid : tuple of float
@@ -41,6 +43,8 @@ class PaperConfig:
     shortlist: int | None = 8192
     tokens: int = 20_000
     epochs: int = 5
+    batch_size: int = 96
+    learning_rate: float = 3e-3
     calibration_tokens: int = 4_000
     grid: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
     prompts: int = 24

@@ -28,7 +28,16 @@ VARIANTS: dict[str, tuple[Literal["copy", "scratch"], float]] = {
 EPS = 0.9
 """Target the stored heads are calibrated for; every other is answered from the same tokens."""
 
-SETTINGS = ("layers", "shortlist", "tokens", "epochs", "calibration_tokens", "seed")
+SETTINGS = (
+    "layers",
+    "shortlist",
+    "tokens",
+    "epochs",
+    "batch_size",
+    "learning_rate",
+    "calibration_tokens",
+    "seed",
+)
 """What of the configuration decides the heads and their thresholds."""
 
 
@@ -124,6 +133,8 @@ class HeadSets(Mapping[str, EarlyExitModel]):
         history = ee.train_heads(
             tokens=config.tokens,
             epochs=config.epochs,
+            batch_size=config.batch_size,
+            learning_rate=config.learning_rate,
             entropy_weight=entropy_weight,
             # The curves are to show the whole training, also where it no longer helps.
             patience=None,

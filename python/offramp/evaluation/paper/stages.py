@@ -6,7 +6,9 @@ stopped.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
 import math
 import time
@@ -166,7 +168,10 @@ def score(work: Work) -> Rows:
     rows: Rows = []
     for number, setting in enumerate(settings):
         model.use(**setting)
-        for task, metric, value, error in task_scores(model, config.tasks, limit=config.documents):
+        # The harness's bars and notes would come anew for every ε; what goes wrong is raised.
+        with contextlib.redirect_stderr(io.StringIO()):
+            scores = list(task_scores(model, config.tasks, limit=config.documents))
+        for task, metric, value, error in scores:
             found = {"eps": setting.get("eps", math.nan), "score": value, "standard_error": error}
             rows.append({"heads": heads, "task": task, "metric": metric, **found})
         work.tell("scoring", number + 1, len(settings))
