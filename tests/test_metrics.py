@@ -58,6 +58,8 @@ def test_calibration_error_by_hand():
     assert math.isnan(found.accuracy[0])
     assert reliability([0.0, 1.0], [0, 1]).ece == 0
     assert reliability([0.0, 1.0], [0, 1]).count[[0, -1]].tolist() == [1, 1]
+    # What lies on an edge belongs below it.
+    assert reliability([1 / 3, 2 / 3], [1, 1], bins=3).count.tolist() == [1, 1, 0]
 
 
 @pytest.mark.parametrize(
