@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from generators import CORRECT, DTYPES, SCORES
 from offramp import InputError, _core, certify, decide, fast_calibrate, reference
-from offramp.design import lattice, lattice_starts
+from offramp.design import as_groups, lattice, lattice_starts
 from offramp.reference.guarantee import is_evident
 from scipy import stats
 
@@ -468,3 +468,8 @@ def test_certificates_say_what_they_are():
     found = certify(np.linspace(0, 1, 1000), np.ones(1000, bool), 0.9)
     assert str(found).startswith("At confidence 0.95 accuracy is at least 0.9 where score >= 0")
     assert found.coverage == found.accuracy == 1.0
+
+
+def test_the_largest_group_bounds_every_bet():
+    groups = as_groups(np.array([3, 3, 3, 8, 3]), 5)
+    assert (groups.of.tolist(), groups.number, groups.most) == ([0, 0, 0, 1, 0], 2, 4)

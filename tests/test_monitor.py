@@ -220,6 +220,15 @@ def test_it_warns_once_for_every_head():
         monitor.update(*BROKEN)
 
 
+def test_what_was_once_proven_stays_proven():
+    monitor = Monitor((4,), EPS)
+    with pytest.warns(UserWarning, match="refuted"):
+        monitor.update([[3]] * 12, [[2]] * 12)
+    monitor.update([[3]] * 600, [[0]] * 600)
+    assert monitor.heads[0].wealth * monitor.level < 1
+    assert monitor.alarms == (4, None)
+
+
 def test_it_raises_until_it_is_reset():
     monitor = Monitor((4, 8), EPS, on_alarm="raise")
     monitor.require_silence()
