@@ -221,6 +221,7 @@ def sweep(
     grid: Sequence[float],
     *,
     mode: str | None = None,
+    delta: float | None = None,
     costs: Costs | None = None,
 ) -> list[Point]:
     """Take the calibration's thresholds at every ε of a grid through text that was read.
@@ -233,8 +234,8 @@ def sweep(
         Gives the thresholds.
     grid : sequence of float
         Targets, in (0, 1).
-    mode : str, optional
-        Take the thresholds of another mode of `offramp.calibrate_cascade` than the calibration's.
+    mode, delta : optional
+        Take the thresholds of another mode of `offramp.calibrate_cascade` than the calibration's, certified or not.
     costs : Costs, optional
         From ``EarlyExitModel.plan``; with them time is predicted.
     """
@@ -245,7 +246,7 @@ def sweep(
     right = np.append(scores.correct, np.ones((1, len(scores.groups)), bool), axis=0)
     points = []
     for eps in grid:
-        cascade = calibration.cascade(eps, mode=mode)
+        cascade = calibration.cascade(eps, mode=mode, delta=delta)
         thresholds = tuple(cascade.thresholds.tolist())
         at = scores.first_exit(thresholds)
         agrees = right[at, np.arange(len(at))]
