@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from offramp import decide, top2_margin
+from offramp import _core, decide, top2_margin
 from offramp.llm import staging
 from offramp.llm.staging import CudaStream, Stage
 from tiny import make_model
@@ -94,6 +94,25 @@ def test_buffers_are_used_again(device):
         assert stage._stream.buffers == 3
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_is_read_as_it_is_or_another_way(dtype):
+    """Memory that does not say all of what it holds is left to the slower ways."""
+    logits = rows(dtype, (1, 700))
+    expected = [part.tolist() for part in _core.exits_rows(staging._view(logits), str(dtype)[6:], 0.1)]
+    every_other = torch.stack([logits, logits.flip(1)], dim=-1)[:, :, 0]
+    negated = torch._neg_view(-logits)
+    subclass = logits.as_subclass(type("Other", (torch.Tensor,), {}))
+    for kind in (logits, logits.clone().requires_grad_(), every_other, negated, subclass):
+        assert [part.tolist() for part in Stage().exits(kind, 0.1)] == expected
+        assert top2_margin(kind[0]) == top2_margin(logits[0])
+    for kind in (every_other, negated, subclass, logits[0], rows(dtype), logits.double(), logits.to("meta")):
+        assert _core.exits_plain(kind, 0.1) is None
+    if hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
+        assert _core.exits_plain(logits, 0.1) is not None
+    with pytest.raises(ValueError, match=r"row 0 holds nan at index 0"):
+        Stage().exits(torch.full_like(logits, torch.nan), 0.1)
+
+
 def test_other_dtypes_are_refused():
     with pytest.raises(TypeError, match=r"^logits has dtype float64: give float16, bfloat16 or float32"):
         Stage().exits(torch.zeros(1, 3, dtype=torch.float64), 0.5)
@@ -177,13 +196,20 @@ def test_an_abandoned_generation_reaches_no_other(trained, thresholds, prompts, 
 def test_the_engine_takes_every_decision_here(trained, thresholds, prompts, monkeypatch):
     """As many kernel calls as heads were asked: for each token those up to the one that answered."""
     calls = []
-    kernel = staging._core.exits_rows
+    core = staging._core
 
     class Counting:
         @staticmethod
+        def exits_plain(*arguments):
+            found = core.exits_plain(*arguments)
+            if found is not None:
+                calls.append(arguments)
+            return found
+
+        @staticmethod
         def exits_rows(*arguments):
             calls.append(arguments)
-            return kernel(*arguments)
+            return core.exits_rows(*arguments)
 
     def elsewhere(*_, **__):
         raise AssertionError("a decision was taken elsewhere")

@@ -16,6 +16,7 @@ _LANES = 16
 _BLOCK = 256
 
 _WINDOW = np.float32(64)
+_FLOOR = np.float32(-80)
 _ROUNDER = np.float32(1.5 * 2**23 + 127)
 _LOG2_E = np.float32(1.44269504)
 _LN_2 = np.float32(0.6931472)
@@ -91,15 +92,16 @@ def _sum_blocks(blocks: NDArray[np.float32], shift: np.float32) -> NDArray[np.fl
 
 
 def _terms(logits: NDArray[np.float32], shift: np.float32) -> NDArray[np.float32]:
-    """exp(logit - shift), 0 where a logit lies below the floor."""
-    counts = logits >= shift - _WINDOW
-    x = np.where(counts, logits, shift) - shift
+    """exp(logit - shift); what lies below the floor counts as much as the floor."""
+    with np.errstate(over="ignore"):  # what is -inf then lies below the floor
+        x = np.maximum(logits - shift, _FLOOR)
     n = (x * _LOG2_E + _ROUNDER) - _ROUNDER
     r = (x - n * _LN_2_HIGH) - n * _LN_2_LOW
     r2 = r * r
     series = (_C[0] + _C[1] * r) + (_C[2] + _C[3] * r) * r2
     exp_r = _ONE + (r + series * r2)
-    return np.where(counts, np.ldexp(exp_r, n.astype(np.int32)), np.float32(0))
+    terms: NDArray[np.float32] = np.ldexp(exp_r, n.astype(np.int32))
+    return terms
 
 
 def _one_minus_exp(y: float) -> float:

@@ -27,13 +27,14 @@ pub fn threshold_curve<S: Score>(scores: &[S], correct: &[u8], run: &Run) -> Res
     let mut curve = Curve::default();
     Ascending::sorted(&Given { scores, correct }, run)?.groups(
         Counts::default(),
+        run,
         |key, from_here_up| {
             curve.thresholds.push(S::from_key(key).value());
             curve.accepted.push(from_here_up.accepted as i64);
             curve.correct.push(from_here_up.correct as i64);
             ControlFlow::Continue(())
         },
-    );
+    )?;
     Ok(curve)
 }
 
@@ -49,20 +50,20 @@ pub(crate) enum Ascending<K> {
 impl<K: Key> Ascending<K> {
     /// Sort the samples.
     pub fn sorted(samples: &impl Pairs<Key = K>, run: &Run) -> Result<Self> {
-        let mut together = Vec::with_capacity(samples.len());
-        let mut positive = true;
-        for start in (0..samples.len()).step_by(PIECE) {
-            run.check()?;
-            let piece = start..samples.len().min(start + PIECE);
-            together.extend(piece.map(|index| {
-                let (key, flag) = samples.get(index);
+        let mut together = vec![K::default(); samples.len()];
+        let pieces = together.chunks_mut(PIECE).enumerate().collect();
+        let positive = run.map(pieces, |(piece, keys): (usize, &mut [K])| {
+            let mut positive = true;
+            for (offset, together) in keys.iter_mut().enumerate() {
+                let (key, flag) = samples.get(piece * PIECE + offset);
                 positive &= key.is_positive();
-                key.with_flag(flag)
-            }));
-            if !positive {
-                drop(together);
-                return Self::sorted_apart(samples, run);
+                *together = key.with_flag(flag);
             }
+            positive
+        })?;
+        if positive.contains(&false) {
+            drop(together);
+            return Self::sorted_apart(samples, run);
         }
         Ok(Self::Together(sort_keys(together, run)?))
     }
@@ -88,10 +89,15 @@ impl<K: Key> Ascending<K> {
 
     /// Visit the groups of equal keys, ascending, until told to stop: the key, and what is accepted from it up,
     /// with `above` more above all of them.
-    pub fn groups(&self, above: Counts, visit: impl FnMut(K, Counts) -> ControlFlow<()>) {
+    pub fn groups(
+        &self,
+        above: Counts,
+        run: &Run,
+        visit: impl FnMut(K, Counts) -> ControlFlow<()>,
+    ) -> Result<()> {
         match self {
-            Self::Together(keys) => groups_together(keys, above, visit),
-            Self::Apart { correct, wrong } => groups_apart(correct, wrong, above, visit),
+            Self::Together(keys) => groups_together(keys, above, run, visit),
+            Self::Apart { correct, wrong } => groups_apart(correct, wrong, above, run, visit),
         }
     }
 }
@@ -99,8 +105,9 @@ impl<K: Key> Ascending<K> {
 fn groups_together<K: Key>(
     keys: &[K],
     above: Counts,
+    run: &Run,
     mut visit: impl FnMut(K, Counts) -> ControlFlow<()>,
-) {
+) -> Result<()> {
     let flags = keys.iter().map(|key| usize::from(key.apart().1));
     let mut left = above
         + Counts {
@@ -108,31 +115,37 @@ fn groups_together<K: Key>(
             correct: flags.sum(),
         };
     let mut last = None;
-    for &together in keys {
-        let (key, flag) = together.apart();
-        if last != Some(key) && visit(key, left).is_break() {
-            return;
+    for piece in keys.chunks(PIECE) {
+        run.check()?;
+        for &together in piece {
+            let (key, flag) = together.apart();
+            if last != Some(key) && visit(key, left).is_break() {
+                return Ok(());
+            }
+            last = Some(key);
+            left = left
+                - Counts {
+                    accepted: 1,
+                    correct: usize::from(flag),
+                };
         }
-        last = Some(key);
-        left = left
-            - Counts {
-                accepted: 1,
-                correct: usize::from(flag),
-            };
     }
+    Ok(())
 }
 
 fn groups_apart<K: Key>(
     mut right: &[K],
     mut wrong: &[K],
     above: Counts,
+    run: &Run,
     mut visit: impl FnMut(K, Counts) -> ControlFlow<()>,
-) {
+) -> Result<()> {
     let all = Counts {
         accepted: right.len() + wrong.len(),
         correct: right.len(),
     };
     let mut left = above + all;
+    let mut visited = 0;
     while let Some(key) = right
         .first()
         .into_iter()
@@ -140,16 +153,21 @@ fn groups_apart<K: Key>(
         .min()
         .copied()
     {
+        if visited % PIECE == 0 {
+            run.check()?;
+        }
+        visited += 1;
         let correct = take_equal(&mut right, key);
         let group = Counts {
             accepted: correct + take_equal(&mut wrong, key),
             correct,
         };
         if visit(key, left).is_break() {
-            return;
+            return Ok(());
         }
         left = left - group;
     }
+    Ok(())
 }
 
 /// Drop the keys equal to `key` from the front, and count them.

@@ -34,8 +34,9 @@ pub(crate) fn by_sorting<P: Pairs>(
     let mut answers = Answers::new(targets);
     match rule {
         Rule::Set => {
-            Ascending::sorted(samples, run)?
-                .groups(above, |key, from_here_up| answers.offer(key, from_here_up));
+            Ascending::sorted(samples, run)?.groups(above, run, |key, from_here_up| {
+                answers.offer(key, from_here_up)
+            })?;
         }
         Rule::Index => {
             let (mut keys, mut flags) = (Vec::new(), Vec::new());

@@ -439,14 +439,14 @@ fn fine<S: Bucketed>(samples: &Survivors<S>, run: &Run) -> Result<Vec<Group<S::K
                 scores: &scores,
                 correct: &correct,
             };
-            Ascending::sorted(&given, run)?.groups(Counts::default(), collect);
+            Ascending::sorted(&given, run)?.groups(Counts::default(), run, collect)?;
         }
         None => {
             let given = Given {
                 scores: samples.scores,
                 correct: samples.correct,
             };
-            Ascending::sorted(&given, run)?.groups(Counts::default(), collect);
+            Ascending::sorted(&given, run)?.groups(Counts::default(), run, collect)?;
         }
     }
     Ok(groups)

@@ -8,7 +8,7 @@
 //! normal float32, for rows of up to 300 000 logits.  The sum S' over all logits but the token's is off by at
 //! most 5.2e-7 of itself: 1.9e-7 for the polynomial and its rounding, 0.9e-7 for ln 2 as a float32, 2.4e-7 for
 //! four float32 additions in a row.  It weighs S' / (1 + S')^2 <= 1/4 in the margin; 3e-8 for rounding the
-//! result and exp(-32) for each logit below the cut-off come on top.
+//! result and exp(-48) for each logit below the floor come on top.
 
 mod arch;
 mod lanes;

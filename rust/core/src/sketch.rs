@@ -59,11 +59,11 @@ impl<L: Lane> Sketch<L> {
         let mut keys = Vec::with_capacity(drawn.len());
         let mut counts = Vec::with_capacity(drawn.len());
         drop(drawn);
-        ascending.groups(Counts::default(), |key, from_here_up| {
+        ascending.groups(Counts::default(), run, |key, from_here_up| {
             keys.push(L::of(key));
             counts.push(from_here_up);
             ControlFlow::Continue(())
-        });
+        })?;
         Ok(Self {
             keys,
             counts,

@@ -198,3 +198,49 @@ fn refusals_name_the_first_offence() {
         );
     }
 }
+
+/// Enough samples for several buckets and threads, in an order the buckets do not know.
+#[test]
+fn many_samples_are_sorted_as_few() {
+    let size = 300_000usize;
+    let bits = |i: usize| (i as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    let unit = |i: usize| (bits(i) >> 11) as f64 / (1u64 << 53) as f64;
+    let kinds: [&dyn Fn(usize) -> f64; 6] = [
+        &unit,
+        &|i| (unit(i) - 0.5) * 1e3,
+        &|i| (unit(i) * 30.0).floor() - 15.0,
+        &|_| 0.25,
+        &|i| if i == 7 { 1e30 } else { unit(i) },
+        &|i| if unit(i) < 0.9 { 0.5 } else { unit(i) },
+    ];
+    for kind in kinds {
+        let scores: Vec<f32> = (0..size).map(|i| kind(i) as f32).collect();
+        let correct: Vec<u8> = (0..size).map(|i| (bits(i) >> 20 & 1) as u8).collect();
+        let mut expected: Vec<_> = scores
+            .iter()
+            .copied()
+            .zip(correct.iter().copied())
+            .collect();
+        expected.sort_by(|a, b| a.0.total_cmp(&b.0));
+        let mut distinct: Vec<f64> = expected.iter().map(|pair| f64::from(pair.0)).collect();
+        distinct.dedup();
+        for threads in [1, 3] {
+            let run = Run::on(threads);
+            let (sorted, flags) = sort_by_score(&scores, &correct, &run).expect("valid");
+            let found: Vec<_> = sorted.into_iter().zip(flags).collect();
+            assert!(found == expected);
+            let curve = threshold_curve(&scores, &correct, &run).expect("valid");
+            assert!(curve.thresholds == distinct);
+            let mut right = correct.iter().map(|&flag| i64::from(flag)).sum();
+            let mut rank = 0;
+            for (place, &threshold) in distinct.iter().enumerate() {
+                assert_eq!(curve.accepted[place], (size - rank) as i64);
+                assert_eq!(curve.correct[place], right);
+                while rank < size && f64::from(expected[rank].0) == threshold {
+                    right -= i64::from(expected[rank].1);
+                    rank += 1;
+                }
+            }
+        }
+    }
+}

@@ -1,5 +1,6 @@
 //! The decision over numpy memory.
 
+use crate::dlpack::{self, Row};
 use crate::error::refused;
 use crate::isa;
 use half::slice::HalfBitsSliceExt;
@@ -7,14 +8,14 @@ use half::{bf16, f16};
 use numpy::{
     Element, PyArray1, PyArrayMethods, PyReadonlyArray1, PyReadonlyArrayDyn, PyUntypedArrayMethods,
 };
-use offramp_core::margin::{self, Logit, Top2, top2_margin};
+use offramp_core::margin::{self, Logit, Top2, exits, top2_margin};
 use offramp_core::{Error, Run};
 use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
 use std::sync::LazyLock;
 use std::thread::available_parallelism;
 
-type Row = (usize, f32);
+type Found = (usize, f32);
 type Rows<'py, T> = (Bound<'py, PyArray1<i64>>, Bound<'py, PyArray1<T>>);
 
 /// Threads for the rows of a large batch; asked once, since the system takes longer to tell than a row does.
@@ -47,16 +48,36 @@ macro_rules! with_logits {
     };
 }
 
-/// Token and margin of one row in a float32 or float16 numpy array that can be read as it is; None for all else.
+/// Evaluate an expression with a row of whatever type.
+macro_rules! with_row {
+    ($row:expr, |$logits:ident| $body:expr) => {
+        match $row {
+            Row::Float32($logits) => $body,
+            Row::Float16($logits) => $body,
+            Row::Bfloat16($logits) => $body,
+        }
+    };
+}
+
+/// Token and margin of one row that can be read as it is, in a float32 or float16 numpy array or a torch tensor; None
+/// for all else.
 #[pyfunction]
-pub fn top2_margin_plain(logits: &Bound<'_, PyAny>) -> PyResult<Option<Row>> {
+pub fn top2_margin_plain(logits: &Bound<'_, PyAny>) -> PyResult<Option<Found>> {
     if let Ok(logits) = logits.cast::<PyArray1<f32>>() {
         return plain(logits);
     }
-    logits.cast::<PyArray1<f16>>().map_or(Ok(None), plain)
+    if let Ok(logits) = logits.cast::<PyArray1<f16>>() {
+        return plain(logits);
+    }
+    let isa = isa::chosen()?;
+    dlpack::with_row(logits, 1, |row| {
+        let found = with_row!(row, |row| top2_margin(isa, row)).map_err(refused)?;
+        Ok((found.token, found.margin))
+    })
+    .transpose()
 }
 
-fn plain<T: Logit + Element>(logits: &Bound<'_, PyArray1<T>>) -> PyResult<Option<Row>> {
+fn plain<T: Logit + Element>(logits: &Bound<'_, PyArray1<T>>) -> PyResult<Option<Found>> {
     if !logits.is_c_contiguous() || !logits.data().is_aligned() {
         return Ok(None);
     }
@@ -70,7 +91,7 @@ fn plain<T: Logit + Element>(logits: &Bound<'_, PyArray1<T>>) -> PyResult<Option
 
 /// Token and margin of one row.
 #[pyfunction]
-pub fn top2_margin_row(logits: &Bound<'_, PyAny>, dtype: &str) -> PyResult<Row> {
+pub fn top2_margin_row(logits: &Bound<'_, PyAny>, dtype: &str) -> PyResult<Found> {
     let isa = isa::chosen()?;
     with_logits!(logits, dtype, |logits, _shape| {
         let Top2 { token, margin } = top2_margin(isa, logits).map_err(refused)?;
@@ -111,6 +132,19 @@ pub fn exits_rows<'py>(
             margin::exits_rows(values, taus, tokens, exits, run)
         })
     })
+}
+
+/// The token of a torch tensor (1, V) on the CPU, and whether its margin reaches `tau`, as [`exits_rows`] gives them;
+/// None where it cannot be read as it is.
+#[pyfunction]
+pub fn exits_plain<'py>(logits: &Bound<'py, PyAny>, tau: f64) -> PyResult<Option<Rows<'py, bool>>> {
+    let (py, isa) = (logits.py(), isa::chosen()?);
+    dlpack::with_row(logits, 2, |row| {
+        let (token, exit) = with_row!(row, |row| exits(isa, row, tau)).map_err(refused)?;
+        let tokens = PyArray1::from_slice(py, &[token as i64]);
+        Ok((tokens, PyArray1::from_slice(py, &[exit])))
+    })
+    .transpose()
 }
 
 /// Let `decide` fill what there is for each row; the GIL is held for a single one, which takes microseconds.

@@ -5,8 +5,9 @@
 //! tree.  The last block is filled up with -inf.  An operation is fused only where its product is exact, so
 //! that fusing it changes nothing; the result is one on every machine.
 //!
-//! Terms are exp(l - shift), and what `shift` is depends on the maximum so coarsely that it can be guessed from
-//! the first logits: a row is read once, unless the guess turns out wrong.
+//! Terms are exp(l - shift), that of the floor where l - shift lies below it; and what `shift` is depends on the
+//! maximum so coarsely that it can be guessed from the first logits: a row is read once, unless the guess turns out
+//! wrong.
 
 use super::Top2;
 use crate::error::Error;
@@ -16,8 +17,11 @@ pub(super) const LANES: usize = 16;
 const BLOCK: usize = 256;
 const TERMS: usize = BLOCK / LANES;
 
-/// Shifts are its multiples; logits lie around the shift, so it keeps their exponentials within float32.
+/// Shifts are its multiples; the maximum lies within half of it below the shift and a whole above, so that
+/// exponentials of what is left are within float32.
 const WINDOW: f32 = 64.0;
+/// Shifted logits below it count as much as it does: less than exp(-48) of the largest, nothing even in float64.
+const FLOOR: f32 = -80.0;
 /// Adding it to a small float32 leaves the rounded integer in the low bits, on top of a float32's exponent bias.
 const ROUNDER: f32 = 12_582_912.0 + 127.0; // 1.5 * 2^23 + bias
 const LOG2_E: f32 = std::f32::consts::LOG2_E;
@@ -49,8 +53,6 @@ pub trait Simd: Copy {
     fn mul(self, a: Self::Lanes, b: Self::Lanes) -> Self::Lanes;
     /// `a` where it is larger, else (also where one is NaN) `b`.
     fn max(self, a: Self::Lanes, b: Self::Lanes) -> Self::Lanes;
-    /// `a` where it is smaller, else (also where one is NaN) `b`.
-    fn min(self, a: Self::Lanes, b: Self::Lanes) -> Self::Lanes;
     /// `x - n * LN_2`, rounded once: fused, or `(x - n * LN_2_HIGH) - n * LN_2_LOW`, where only the last
     /// operation rounds since n is x / ln 2 to the nearest integer.
     fn sub_multiple_of_ln_2(self, x: Self::Lanes, n: Self::Lanes) -> Self::Lanes;
@@ -58,14 +60,11 @@ pub trait Simd: Copy {
     fn power_of_two(self, rounded: Self::Lanes) -> Self::Lanes;
     /// `(1 + a) * power`, which may be fused: a power of two only scales, whether before rounding or after it.
     fn one_plus_times(self, a: Self::Lanes, power: Self::Lanes) -> Self::Lanes;
-    /// `a` where `x >= floor`, else 0.
-    fn zero_below(self, a: Self::Lanes, x: Self::Lanes, floor: Self::Lanes) -> Self::Lanes;
 
     fn no_nan(self) -> Self::Mask;
     fn or_nan(self, mask: Self::Mask, a: Self::Lanes, b: Self::Lanes) -> Self::Mask;
     fn any(self, mask: Self::Mask) -> bool;
     fn largest(self, a: Self::Lanes) -> f32;
-    fn smallest(self, a: Self::Lanes) -> f32;
 
     fn zeros(self) -> Self::Doubles;
     fn widening_add(self, sums: Self::Doubles, a: Self::Lanes) -> Self::Doubles;
@@ -155,29 +154,41 @@ impl Fault {
 }
 
 type Block<T> = [T; BLOCK];
-/// Room for the terms of a block, added by twos; made once a row.
-type Sums<S> = [<S as Simd>::Lanes; TERMS / 2];
+
+/// Room for a block's terms in the making; made once a row.
+struct Room<S: Simd> {
+    rounded: [S::Lanes; TERMS],
+    rest: [S::Lanes; TERMS],
+    sums: [S::Lanes; TERMS / 2],
+}
+
+impl<S: Simd> Room<S> {
+    #[inline(always)]
+    fn new(simd: S) -> Self {
+        let zero = simd.splat(0.0);
+        Self {
+            rounded: [zero; TERMS],
+            rest: [zero; TERMS],
+            sums: [zero; TERMS / 2],
+        }
+    }
+}
 
 /// The token and margin of a row.
 #[inline(always)]
 pub(super) fn top2_margin<S: Simd, T: Logit>(simd: S, logits: &[T]) -> Result<Top2, Fault> {
-    let mut row = Row::new(simd, logits);
-    let sums = &mut [simd.splat(0.0); TERMS / 2];
-    row.survey(simd, 0);
-    let scale = Scale::of(row.first);
-    let mut total = row.add_range(simd, simd.zeros(), 0, &scale, sums);
-    for range in 1..row.ranges {
-        row.survey(simd, range);
-        // Once the guess proves wrong, nothing is added any more.
-        if scale.fits(row.first) {
-            total = row.add_range(simd, total, range, &scale, sums);
-        }
-    }
-    let peaks = row.find_peaks(simd, logits)?;
-    let others = if scale.fits(peaks.first) {
-        row.without_token(simd, total, &peaks, &scale, sums)
+    let mut row = Row::new(logits);
+    let room = &mut Room::new(simd);
+    let guess = shift_for(largest(simd, row.range(0), &mut simd.no_nan()));
+    let (peaks, others) = if let Some(total) = row.read(simd, guess, room) {
+        let peaks = row.find_peaks(simd);
+        let others = row.without_token(simd, total, &peaks, guess, room);
+        (peaks, others)
     } else {
-        row.sum_others(simd, &peaks, sums)
+        row.survey(simd, logits)?;
+        let peaks = row.find_peaks(simd);
+        let others = row.sum_others(simd, &peaks, room);
+        (peaks, others)
     };
     Ok(Top2 {
         token: peaks.token,
@@ -192,14 +203,13 @@ pub(super) fn exits<S: Simd, T: Logit>(
     logits: &[T],
     tau: f64,
 ) -> Result<(usize, bool), Fault> {
-    let mut row = Row::new(simd, logits);
-    let sums = &mut [simd.splat(0.0); TERMS / 2];
-    for range in 0..row.ranges {
-        row.survey(simd, range);
-    }
-    let peaks = row.find_peaks(simd, logits)?;
-    let exit = peaks.largest_margin() >= tau
-        && f64::from(peaks.margin(row.sum_others(simd, &peaks, sums))) >= tau;
+    let mut row = Row::new(logits);
+    row.survey(simd, logits)?;
+    let peaks = row.find_peaks(simd);
+    let exit = peaks.largest_margin() >= tau && {
+        let others = row.sum_others(simd, &peaks, &mut Room::new(simd));
+        f64::from(peaks.margin(others)) >= tau
+    };
     Ok((peaks.token, exit))
 }
 
@@ -207,24 +217,23 @@ pub(super) fn exits<S: Simd, T: Logit>(
 const RANGES: usize = 512;
 
 /// A row in ranges of blocks, and what is known about it.
-struct Row<'a, S: Simd, T> {
+struct Row<'a, T> {
     whole: &'a [Block<T>],
     /// What follows the whole blocks, filled up with -inf.
     tail: Block<T>,
     ranges: usize,
     blocks_per_range: usize,
-    /// Between which values a range lies.
-    extremes: [(f32, f32); RANGES + 1],
-    /// The largest logit so far, the range it is in, and the largest of other ranges.
+    /// The largest logit of each range.
+    highs: [f32; RANGES + 1],
+    /// The largest of all, the range it is in, and the largest of other ranges.
     first: f32,
     best: usize,
     runner_up: f32,
-    nan: S::Mask,
 }
 
-impl<'a, S: Simd, T: Logit> Row<'a, S, T> {
+impl<'a, T: Logit> Row<'a, T> {
     #[inline(always)]
-    fn new(simd: S, logits: &'a [T]) -> Self {
+    fn new(logits: &'a [T]) -> Self {
         let (whole, rest) = logits.as_chunks::<BLOCK>();
         let mut tail = [T::NEG_INFINITY; BLOCK];
         tail[..rest.len()].copy_from_slice(rest);
@@ -235,11 +244,10 @@ impl<'a, S: Simd, T: Logit> Row<'a, S, T> {
             ranges: whole.len().div_ceil(blocks_per_range)
                 + usize::from(!rest.is_empty() || whole.is_empty()),
             blocks_per_range,
-            extremes: [(0.0, 0.0); RANGES + 1],
+            highs: [f32::NEG_INFINITY; RANGES + 1],
             first: f32::NEG_INFINITY,
             best: 0,
             runner_up: f32::NEG_INFINITY,
-            nan: simd.no_nan(),
         }
     }
 
@@ -253,13 +261,10 @@ impl<'a, S: Simd, T: Logit> Row<'a, S, T> {
         &self.whole[start..self.whole.len().min(start + self.blocks_per_range)]
     }
 
-    /// Look at a range for the first time.
+    /// Note the largest logit of the next range.
     #[inline(always)]
-    fn survey(&mut self, simd: S, range: usize) {
-        let mut nan = self.nan;
-        let (low, high) = extremes(simd, self.range(range), &mut nan);
-        self.nan = nan;
-        self.extremes[range] = (low, high);
+    fn note(&mut self, range: usize, high: f32) {
+        self.highs[range] = high;
         if high > self.first {
             (self.best, self.first, self.runner_up) = (range, high, self.first);
         } else if high > self.runner_up {
@@ -267,86 +272,107 @@ impl<'a, S: Simd, T: Logit> Row<'a, S, T> {
         }
     }
 
-    /// Find the two largest logits, once all ranges have been looked at.
+    /// Find the largest logit and add up all terms at once, given how they are shifted; `None` where the largest
+    /// wants another shift, or some logit is none.
     #[inline(always)]
-    fn find_peaks(&self, simd: S, logits: &[T]) -> Result<Peaks<T>, Fault> {
-        if simd.any(self.nan) || self.first.is_infinite() {
+    fn read<S: Simd>(&mut self, simd: S, shift: f32, room: &mut Room<S>) -> Option<S::Doubles> {
+        let mut total = simd.zeros();
+        for range in 0..self.ranges {
+            let mut high = simd.splat(f32::NEG_INFINITY);
+            for block in self.range(range) {
+                let terms = sum_block(simd, block, shift, &mut high, room);
+                total = simd.widening_add(total, terms);
+            }
+            self.note(range, simd.largest(high));
+            if shift_for(self.first) != shift {
+                return None;
+            }
+        }
+        // Terms that are shifted right are finite, so what is no number comes from what is none.
+        let sum = add_eight(T::add_neighbours(simd, total));
+        (self.first.is_finite() && !sum.is_nan()).then_some(total)
+    }
+
+    /// Find the largest logit, and what is no logit.
+    #[inline(always)]
+    fn survey<S: Simd>(&mut self, simd: S, logits: &[T]) -> Result<(), Fault> {
+        (self.first, self.runner_up) = (f32::NEG_INFINITY, f32::NEG_INFINITY);
+        let mut nan = simd.no_nan();
+        for range in 0..self.ranges {
+            let high = largest(simd, self.range(range), &mut nan);
+            self.note(range, high);
+        }
+        if simd.any(nan) || self.first.is_infinite() {
             return Err(find_fault(logits));
         }
+        Ok(())
+    }
+
+    /// Find the two largest logits, once all ranges have been looked at.
+    #[inline(always)]
+    fn find_peaks<S: Simd>(&self, simd: S) -> Peaks<T> {
         let blocks = self.range(self.best);
         let place = position(blocks.as_flattened(), T::from_f32(self.first));
         let (with, at) = (&blocks[place / BLOCK], place % BLOCK);
         let mut without = *with;
         without[at] = T::NEG_INFINITY;
         let (before, after) = (&blocks[..place / BLOCK], &blocks[place / BLOCK + 1..]);
-        let (mut second, mut nan) = (self.runner_up, self.nan);
+        let mut second = self.runner_up;
         for others in [before, std::slice::from_ref(&without), after] {
-            let (_, high) = extremes(simd, others, &mut nan);
+            let high = largest(simd, others, &mut simd.no_nan());
             second = if high > second { high } else { second };
         }
         // Adding +0.0 turns -0.0 into it: which zero a maximum returns depends on the order of its operands.
-        Ok(Peaks {
+        Peaks {
             token: self.whole.len().min(self.best * self.blocks_per_range) * BLOCK + place,
             first: self.first + 0.0,
             second: second + 0.0,
             with: *with,
             without,
-        })
+        }
     }
 
-    /// The sum of exp(l - l1) over all logits but the token's.
+    /// The sum of exp(l - l1) over all logits but the token's, once all ranges have been looked at.
     #[inline(always)]
-    fn sum_others(&self, simd: S, peaks: &Peaks<T>, sums: &mut Sums<S>) -> f64 {
-        let scale = Scale::of(peaks.first);
+    fn sum_others<S: Simd>(&self, simd: S, peaks: &Peaks<T>, room: &mut Room<S>) -> f64 {
+        let shift = shift_for(peaks.first);
         let mut total = simd.zeros();
+        let high = &mut simd.splat(f32::NEG_INFINITY);
         for range in 0..self.ranges {
-            total = self.add_range(simd, total, range, &scale, sums);
+            let blocks = self.range(range);
+            if self.highs[range] - shift <= FLOOR {
+                // One such block is like another.
+                let terms = sum_block(simd, &blocks[0], shift, high, room);
+                for _ in blocks {
+                    total = simd.widening_add(total, terms);
+                }
+                continue;
+            }
+            for block in blocks {
+                let terms = sum_block(simd, block, shift, high, room);
+                total = simd.widening_add(total, terms);
+            }
         }
-        self.without_token(simd, total, peaks, &scale, sums)
-    }
-
-    /// Add the terms of a range, lane by lane.
-    #[inline(always)]
-    fn add_range(
-        &self,
-        simd: S,
-        mut total: S::Doubles,
-        range: usize,
-        scale: &Scale,
-        sums: &mut Sums<S>,
-    ) -> S::Doubles {
-        let (low, high) = self.extremes[range];
-        if high < scale.floor {
-            return total; // every term is 0
-        }
-        let plain = low >= scale.floor && scale.shift == 0.0;
-        for block in self.range(range) {
-            let terms = if plain {
-                sum_block::<S, T, true>(simd, block, scale, sums)
-            } else {
-                sum_block::<S, T, false>(simd, block, scale, sums)
-            };
-            total = simd.widening_add(total, terms);
-        }
-        total
+        self.without_token(simd, total, peaks, shift, room)
     }
 
     /// What a sum over all logits is without the token's term, in units of that term.
     ///
     /// In float32 the token's term would round all that it is added to; so its block is added anew.
     #[inline(always)]
-    fn without_token(
+    fn without_token<S: Simd>(
         &self,
         simd: S,
         total: S::Doubles,
         peaks: &Peaks<T>,
-        scale: &Scale,
-        sums: &mut Sums<S>,
+        shift: f32,
+        room: &mut Room<S>,
     ) -> f64 {
-        let with = sum_block::<S, T, false>(simd, &peaks.with, scale, sums);
-        let without = sum_block::<S, T, false>(simd, &peaks.without, scale, sums);
+        let high = &mut simd.splat(f32::NEG_INFINITY);
+        let with = sum_block(simd, &peaks.with, shift, high, room);
+        let without = sum_block(simd, &peaks.without, shift, high, room);
         let total = simd.widening_add(simd.widening_sub(total, with), without);
-        add_eight(T::add_neighbours(simd, total)) / scale.term(peaks.first)
+        add_eight(T::add_neighbours(simd, total)) / term_of_largest(peaks.first, shift)
     }
 }
 
@@ -382,23 +408,18 @@ impl<T> Peaks<T> {
     }
 }
 
-/// The smallest and largest logit of some blocks; NaN is marked.
+/// The largest logit of some blocks, NaN passed over but marked.
 #[inline(always)]
-fn extremes<S: Simd, T: Logit>(simd: S, blocks: &[Block<T>], nan: &mut S::Mask) -> (f32, f32) {
+fn largest<S: Simd, T: Logit>(simd: S, blocks: &[Block<T>], nan: &mut S::Mask) -> f32 {
     let (rows, _) = blocks.as_flattened().as_chunks::<{ 2 * LANES }>();
-    let mut low = [simd.splat(f32::INFINITY); 2];
     let mut high = [simd.splat(f32::NEG_INFINITY); 2];
     for row in rows {
         let (two, _) = row.as_chunks::<LANES>();
         let (a, b) = (T::load(simd, &two[0]), T::load(simd, &two[1]));
         *nan = simd.or_nan(*nan, a, b);
-        low = [simd.min(a, low[0]), simd.min(b, low[1])];
         high = [simd.max(a, high[0]), simd.max(b, high[1])];
     }
-    (
-        simd.smallest(simd.min(low[0], low[1])),
-        simd.largest(simd.max(high[0], high[1])),
-    )
+    simd.largest(simd.max(high[0], high[1]))
 }
 
 /// The first place that holds `value`; it is among the logits.
@@ -435,104 +456,68 @@ fn find_fault<T: Logit>(logits: &[T]) -> Fault {
         })
 }
 
-/// How the terms of one row are scaled.
-#[derive(PartialEq)]
-struct Scale {
-    /// Subtracted from every logit: exact for all within 25 of the maximum, and 0 for most models' rows.
-    shift: f32,
-    /// Logits below it count for nothing; it lies 32 or more below the maximum, and exp(-32) is 1.3e-14.
-    floor: f32,
-}
-
-impl Scale {
-    /// The scale for a row with this maximum.
-    #[inline(always)]
-    fn of(maximum: f32) -> Self {
-        let shift = if (-WINDOW / 2.0..WINDOW).contains(&maximum) {
-            0.0
-        } else {
-            (maximum / WINDOW).round_ties_even() * WINDOW
-        };
-        Self {
-            shift,
-            floor: shift - WINDOW,
-        }
-    }
-
-    #[inline(always)]
-    fn fits(&self, maximum: f32) -> bool {
-        *self == Self::of(maximum)
-    }
-
-    /// The term of the largest logit in float64, with n and ln 2 as all terms have them.
-    #[inline(always)]
-    fn term(&self, maximum: f32) -> f64 {
-        let x = maximum - self.shift;
-        let n = (x * LOG2_E + ROUNDER) - ROUNDER;
-        let r = f64::from(x) - f64::from(n) * f64::from(LN_2);
-        let power = f64::from_bits(((1023.0 + f64::from(n)) as u64) << 52);
-        (1.0 + exp_m1_near_zero(r)) * power
+/// What is subtracted from every logit of a row with this maximum: exact for all within 25 of it, and 0 for most
+/// models' rows.
+#[inline(always)]
+fn shift_for(maximum: f32) -> f32 {
+    if (-WINDOW / 2.0..WINDOW).contains(&maximum) || maximum.is_infinite() {
+        0.0
+    } else {
+        (maximum / WINDOW).round_ties_even() * WINDOW
     }
 }
 
-/// The sums of a block's terms, as a balanced tree; `PLAIN`: nothing is shifted or lies below the floor.
+/// The term of the largest logit in float64, with n and ln 2 as all terms have them.
+#[inline(always)]
+fn term_of_largest(maximum: f32, shift: f32) -> f64 {
+    let x = maximum - shift;
+    let n = (x * LOG2_E + ROUNDER) - ROUNDER;
+    let r = f64::from(x) - f64::from(n) * f64::from(LN_2);
+    let power = f64::from_bits(((1023.0 + f64::from(n)) as u64) << 52);
+    (1.0 + exp_m1_near_zero(r)) * power
+}
+
+/// The sums of a block's terms, as a balanced tree; `high` learns of its logits, NaN passed over.
+///
+/// In two short loops, with what passes between them in memory: in one long chain of operations a processor sees too
+/// little ahead to keep its units busy.
 // No closures here: they are compiled without the caller's instruction set.
 #[inline(always)]
-fn sum_block<S: Simd, T: Logit, const PLAIN: bool>(
+fn sum_block<S: Simd, T: Logit>(
     simd: S,
     block: &Block<T>,
-    scale: &Scale,
-    sums: &mut Sums<S>,
+    shift: f32,
+    high: &mut S::Lanes,
+    room: &mut Room<S>,
 ) -> S::Lanes {
     let (rows, _) = block.as_chunks::<LANES>();
-    // Each row is begun before the one ahead of it is finished: a processor itself sees too little ahead.
-    let mut even = begin::<S, T, PLAIN>(simd, &rows[0], scale);
-    for (pair, sum) in sums.iter_mut().enumerate() {
-        let odd = begin::<S, T, PLAIN>(simd, &rows[2 * pair + 1], scale);
-        let first = finish::<S, T, PLAIN>(simd, &rows[2 * pair], even, scale);
-        even = begin::<S, T, PLAIN>(simd, &rows[(2 * pair + 2) % TERMS], scale);
-        let second = finish::<S, T, PLAIN>(simd, &rows[2 * pair + 1], odd, scale);
-        *sum = simd.add(first, second);
+    let rounder = simd.splat(ROUNDER);
+    for (row, (rounded, rest)) in rows.iter().zip(room.rounded.iter_mut().zip(&mut room.rest)) {
+        let logits = T::load(simd, row);
+        *high = simd.max(logits, *high);
+        // In this order NaN stays NaN.
+        let x = simd.max(simd.splat(FLOOR), simd.sub(logits, simd.splat(shift)));
+        *rounded = simd.add(simd.mul(x, simd.splat(LOG2_E)), rounder);
+        *rest = simd.sub_multiple_of_ln_2(x, simd.sub(*rounded, rounder));
     }
+    let (rounded, _) = room.rounded.as_chunks::<2>();
+    let (rest, _) = room.rest.as_chunks::<2>();
+    for ((rounded, rest), sum) in rounded.iter().zip(rest).zip(&mut room.sums) {
+        *sum = simd.add(
+            term(simd, rounded[0], rest[0]),
+            term(simd, rounded[1], rest[1]),
+        );
+    }
+    let sums = &room.sums;
     let first = simd.add(simd.add(sums[0], sums[1]), simd.add(sums[2], sums[3]));
     let second = simd.add(simd.add(sums[4], sums[5]), simd.add(sums[6], sums[7]));
     simd.add(first, second)
 }
 
-/// Logits less the shift, as a multiple of ln 2 (on top of [`ROUNDER`]) and the rest.
+/// exp(x) for x = n * ln 2 + rest, n on top of [`ROUNDER`].
 #[inline(always)]
-fn begin<S: Simd, T: Logit, const PLAIN: bool>(
-    simd: S,
-    logits: &[T; LANES],
-    scale: &Scale,
-) -> (S::Lanes, S::Lanes) {
-    let logits = T::load(simd, logits);
-    let x = if PLAIN {
-        logits
-    } else {
-        simd.sub(logits, simd.splat(scale.shift))
-    };
-    let rounder = simd.splat(ROUNDER);
-    let rounded = simd.add(simd.mul(x, simd.splat(LOG2_E)), rounder);
-    (
-        rounded,
-        simd.sub_multiple_of_ln_2(x, simd.sub(rounded, rounder)),
-    )
-}
-
-/// exp(l - shift), or 0 below the floor.
-#[inline(always)]
-fn finish<S: Simd, T: Logit, const PLAIN: bool>(
-    simd: S,
-    logits: &[T; LANES],
-    (rounded, rest): (S::Lanes, S::Lanes),
-    scale: &Scale,
-) -> S::Lanes {
-    let term = simd.one_plus_times(exp_m1(simd, rest), simd.power_of_two(rounded));
-    if PLAIN {
-        return term;
-    }
-    simd.zero_below(term, T::load(simd, logits), simd.splat(scale.floor))
+fn term<S: Simd>(simd: S, rounded: S::Lanes, rest: S::Lanes) -> S::Lanes {
+    simd.one_plus_times(exp_m1(simd, rest), simd.power_of_two(rounded))
 }
 
 /// exp(r) - 1 for |r| <= ln(2)/2.
@@ -595,28 +580,29 @@ mod tests {
     use super::*;
 
     /// The sum as it is defined: every block, one as another.
-    fn defined_sum(row: &Row<'_, Portable, f32>, peaks: &Peaks<f32>) -> f64 {
-        let (simd, scale) = (Portable, Scale::of(peaks.first));
-        let sums = &mut [simd.splat(0.0); TERMS / 2];
+    fn defined_sum(row: &Row<'_, f32>, peaks: &Peaks<f32>) -> f64 {
+        let (simd, shift) = (Portable, shift_for(peaks.first));
+        let room = &mut Room::new(simd);
         let mut total = simd.zeros();
         for block in row.whole.iter().chain([&row.tail]) {
-            let terms = sum_block::<_, _, false>(simd, block, &scale, sums);
+            let terms = sum_block(simd, block, shift, &mut simd.splat(0.0), room);
             total = simd.widening_add(total, terms);
         }
-        row.without_token(simd, total, peaks, &scale, sums)
+        row.without_token(simd, total, peaks, shift, room)
     }
 
     /// A margin's float32 is too coarse to show terms this small, so their sum is looked at.
     #[test]
-    fn what_is_skipped_or_not_shifted_adds_the_same() {
+    fn what_is_skipped_adds_the_same() {
         for top in [
             0.0, 12.5, -31.5, -32.5, 63.5, 64.0, 95.0, -96.5, 300.0, -1e4, 1e9,
         ] {
-            let scale = Scale::of(top);
-            let (below, above) = (scale.floor.next_down(), scale.floor.next_up());
+            let floor = shift_for(top) + FLOOR;
+            let (below, above) = (floor.next_down(), floor.next_up());
             for kinds in [
-                [below, scale.floor, above],
+                [below, floor, above],
                 [f32::NEG_INFINITY, top - 1.0, below],
+                [f32::NEG_INFINITY, floor, below],
             ] {
                 // Ranges of 1024 alike, and some of two kinds.
                 for period in [1, 1024, 1500] {
@@ -628,10 +614,9 @@ mod tests {
                         }
                     };
                     let logits: Vec<f32> = (0..9 * 1024 + 5).map(logit).collect();
-                    let row = Row::new(Portable, &logits).surveyed();
-                    let peaks = row.find_peaks(Portable, &logits).expect("legal logits");
-                    let sums = &mut [Portable.splat(0.0); TERMS / 2];
-                    let sum = row.sum_others(Portable, &peaks, sums);
+                    let row = surveyed(&logits);
+                    let peaks = row.find_peaks(Portable);
+                    let sum = row.sum_others(Portable, &peaks, &mut Room::new(Portable));
                     assert_eq!(sum.to_bits(), defined_sum(&row, &peaks).to_bits(), "{top}");
                     let margin = top2_margin(Portable, &logits).map(|top2| top2.margin);
                     assert_eq!(margin, Ok(peaks.margin(sum)), "{top}");
@@ -655,11 +640,7 @@ mod tests {
                     Ok((0, false)),
                     "{gap}"
                 );
-                let row = Row::new(Portable, &logits).surveyed();
-                let bound = row
-                    .find_peaks(Portable, &logits)
-                    .expect("legal")
-                    .largest_margin();
+                let bound = surveyed(&logits).find_peaks(Portable).largest_margin();
                 assert!(
                     least <= bound && bound <= least * (1.0 + 3e-6) + 1e-44,
                     "{gap}"
@@ -669,12 +650,9 @@ mod tests {
         }
     }
 
-    impl Row<'_, Portable, f32> {
-        fn surveyed(mut self) -> Self {
-            for range in 0..self.ranges {
-                self.survey(Portable, range);
-            }
-            self
-        }
+    fn surveyed(logits: &[f32]) -> Row<'_, f32> {
+        let mut row = Row::new(logits);
+        row.survey(Portable, logits).expect("legal logits");
+        row
     }
 }

@@ -48,10 +48,8 @@ impl Simd for Avx2 {
         mul(a, b) = _mm256_mul_ps(a, b);
         sub_multiple_of_ln_2(x, n) = sub_multiple_of_ln_2(x, n);
         max(a, b) = _mm256_max_ps(a, b);
-        min(a, b) = _mm256_min_ps(a, b);
         power_of_two(rounded) = shift_to_exponent(rounded);
         one_plus_times(a, power) = _mm256_fmadd_ps(a, power, power);
-        zero_below(a, x, floor) = zero_below(a, x, floor);
     }
 
     #[inline(always)]
@@ -126,20 +124,6 @@ impl Simd for Avx2 {
             );
             let two = _mm_max_ps(four, _mm_movehl_ps(four, four));
             _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)))
-        }
-    }
-
-    #[inline(always)]
-    fn smallest(self, a: Self::Lanes) -> f32 {
-        // SAFETY: `self` proves AVX2, and with it SSE3.
-        unsafe {
-            let eight = _mm256_min_ps(a[0], a[1]);
-            let four = _mm_min_ps(
-                _mm256_castps256_ps128(eight),
-                _mm256_extractf128_ps::<1>(eight),
-            );
-            let two = _mm_min_ps(four, _mm_movehl_ps(four, four));
-            _mm_cvtss_f32(_mm_min_ss(two, _mm_movehdup_ps(two)))
         }
     }
 
@@ -228,12 +212,4 @@ unsafe fn sub_multiple_of_ln_2(x: __m256, n: __m256) -> __m256 {
 unsafe fn shift_to_exponent(rounded: __m256) -> __m256 {
     // SAFETY: the caller's promise.
     unsafe { _mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_castps_si256(rounded))) }
-}
-
-/// # Safety
-/// The processor has AVX2.
-#[inline(always)]
-unsafe fn zero_below(a: __m256, x: __m256, floor: __m256) -> __m256 {
-    // SAFETY: the caller's promise.
-    unsafe { _mm256_and_ps(a, _mm256_cmp_ps::<_CMP_GE_OQ>(x, floor)) }
 }

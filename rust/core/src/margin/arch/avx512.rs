@@ -56,7 +56,6 @@ impl Simd for Avx512 {
         mul(a, b) = _mm512_mul_ps(a, b);
         sub_multiple_of_ln_2(x, n) = _mm512_fnmadd_ps(n, _mm512_set1_ps(LN_2), x);
         max(a, b) = _mm512_max_ps(a, b);
-        min(a, b) = _mm512_min_ps(a, b);
         one_plus_times(a, power) = _mm512_fmadd_ps(a, power, power);
     }
 
@@ -95,12 +94,6 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
-    fn zero_below(self, a: Self::Lanes, x: Self::Lanes, floor: Self::Lanes) -> Self::Lanes {
-        // SAFETY: `self` proves AVX-512 F.
-        unsafe { _mm512_maskz_mov_ps(_mm512_cmp_ps_mask::<_CMP_GE_OQ>(x, floor), a) }
-    }
-
-    #[inline(always)]
     fn no_nan(self) -> Self::Mask {
         0
     }
@@ -120,12 +113,6 @@ impl Simd for Avx512 {
     fn largest(self, a: Self::Lanes) -> f32 {
         // SAFETY: `self` proves AVX-512 F.
         unsafe { _mm512_reduce_max_ps(a) }
-    }
-
-    #[inline(always)]
-    fn smallest(self, a: Self::Lanes) -> f32 {
-        // SAFETY: `self` proves AVX-512 F.
-        unsafe { _mm512_reduce_min_ps(a) }
     }
 
     #[inline(always)]

@@ -60,11 +60,6 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
-    fn min(self, a: Lanes, b: Lanes) -> Lanes {
-        from_fn(|i| if a[i] < b[i] { a[i] } else { b[i] })
-    }
-
-    #[inline(always)]
     fn power_of_two(self, rounded: Lanes) -> Lanes {
         from_fn(|i| f32::from_bits(rounded[i].to_bits() << 23))
     }
@@ -72,11 +67,6 @@ impl Simd for Portable {
     #[inline(always)]
     fn one_plus_times(self, a: Lanes, power: Lanes) -> Lanes {
         from_fn(|i| (1.0 + a[i]) * power[i])
-    }
-
-    #[inline(always)]
-    fn zero_below(self, a: Lanes, x: Lanes, floor: Lanes) -> Lanes {
-        from_fn(|i| if x[i] >= floor[i] { a[i] } else { 0.0 })
     }
 
     #[inline(always)]
@@ -98,12 +88,6 @@ impl Simd for Portable {
     fn largest(self, a: Lanes) -> f32 {
         a.into_iter()
             .fold(f32::NEG_INFINITY, |a, b| if a > b { a } else { b })
-    }
-
-    #[inline(always)]
-    fn smallest(self, a: Lanes) -> f32 {
-        a.into_iter()
-            .fold(f32::INFINITY, |a, b| if a < b { a } else { b })
     }
 
     #[inline(always)]
