@@ -19,3 +19,16 @@ settings.load_profile("offramp")
 def demo_folder(tmp_path_factory):
     """Where the demo model is unpacked by the first test that loads it, for all the others."""
     return tmp_path_factory.mktemp("demo-model")
+
+
+@pytest.fixture
+def own_tasks_only(monkeypatch):
+    """Spare the listing of the harness's own thousands of tasks, which takes it seconds."""
+    from lm_eval.tasks import TaskManager
+
+    real = TaskManager.__init__
+    monkeypatch.setattr(
+        TaskManager,
+        "__init__",
+        lambda *arguments, **options: real(*arguments, **options | {"include_defaults": False}),
+    )

@@ -15,7 +15,6 @@ import pytest
 if find_spec("lm_eval") is None:
     pytest.skip("needs lm_eval (offramp[eval])", allow_module_level=True)
 
-from lm_eval.tasks import TaskManager
 from offramp.evaluation.forced import Reading
 from offramp.evaluation.metrics import areas
 from offramp.evaluation.paper import stages
@@ -48,17 +47,6 @@ def command(tiny):
         "figures", tiny, "--device", "cpu", "-q", "--layers", "2,4", "--shortlist", "8", "--quick",
         "--eps", ".3,.6", "--tasks", "offramp_pronouns", "--limit", "4", "--tokens", "300",
     )  # fmt: skip
-
-
-@pytest.fixture
-def own_tasks_only(monkeypatch):
-    """Spare the listing of the harness's own thousands of tasks, which takes it seconds."""
-    real = TaskManager.__init__
-    monkeypatch.setattr(
-        TaskManager,
-        "__init__",
-        lambda *arguments, **options: real(*arguments, **options | {"include_defaults": False}),
-    )
 
 
 @pytest.fixture(scope="module")

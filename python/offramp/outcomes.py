@@ -9,8 +9,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 
+class Counted:
+    """The shares that follow from ``accepted`` and ``correct`` samples among ``n``."""
+
+    accepted: int
+    correct: int
+    n: int
+
+    @property
+    def coverage(self) -> float:
+        """Share of the samples accepted."""
+        return self.accepted / self.n
+
+    @property
+    def accuracy(self) -> float:
+        """Accuracy of the accepted samples; NaN if there are none."""
+        return self.correct / self.accepted if self.accepted else math.nan
+
+
 @dataclass(frozen=True)
-class Certificate:
+class Certificate(Counted):
     """A threshold with a finite-sample promise; made by `offramp.certify`.
 
     Attributes
@@ -44,16 +62,6 @@ class Certificate:
     n: int
     eps: float
     delta: float
-
-    @property
-    def coverage(self) -> float:
-        """Share of the samples accepted."""
-        return self.accepted / self.n
-
-    @property
-    def accuracy(self) -> float:
-        """Accuracy of the accepted samples; NaN if there are none."""
-        return self.correct / self.accepted if self.accepted else math.nan
 
     def __str__(self) -> str:
         """Say it in words."""

@@ -21,7 +21,6 @@ if find_spec("lm_eval") is None:
 
 import lm_eval
 from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
 from offramp import InputError
 from offramp.cli.app import run
 from offramp.evaluation.harness import OfframpLM, find_tasks, local_tasks, task_scores
@@ -186,17 +185,6 @@ def test_bad_settings_are_refused(exits, settings, words):
 def test_an_unknown_task_is_named(exits):
     with pytest.raises(InputError, match="task 'no_such_task' does not exist"):
         list(task_scores(OfframpLM(exits), ["offramp_facts", "no_such_task"]))
-
-
-@pytest.fixture
-def own_tasks_only(monkeypatch):
-    """Spare the listing of the harness's own thousands of tasks, which takes it seconds."""
-    real = TaskManager.__init__
-    monkeypatch.setattr(
-        TaskManager,
-        "__init__",
-        lambda *arguments, **options: real(*arguments, **options | {"include_defaults": False}),
-    )
 
 
 def command(*arguments):

@@ -17,10 +17,11 @@ from offramp.cli.columns import read_column
 from offramp.cli.options import EPS_LIST
 from offramp.cli.session import Session, with_session
 from offramp.errors import InputError
+from offramp.outcomes import Counted
 
 
 @dataclass(frozen=True)
-class Row:
+class Row(Counted):
     """A threshold, and what it accepts of the data it was found on."""
 
     head: int
@@ -29,16 +30,6 @@ class Row:
     accepted: int
     correct: int
     n: int
-
-    @property
-    def coverage(self) -> float:
-        """Share of the samples that is accepted."""
-        return self.accepted / self.n
-
-    @property
-    def accuracy(self) -> float:
-        """Accuracy of what is accepted; NaN if nothing is."""
-        return self.correct / self.accepted if self.accepted else math.nan
 
 
 @click.command()

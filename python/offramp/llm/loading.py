@@ -90,9 +90,9 @@ def load_model(
         )
     try:
         if file and unpacked is not None:
-            source = _unpacked(Path(source, file), Path(unpacked), dtype, kwargs)
-            file = None
-        model, tokenizer = _read(source, file, dtype, kwargs)
+            model, tokenizer = _unpacked(Path(source, file), Path(unpacked), dtype, kwargs)
+        else:
+            model, tokenizer = _read(source, file, dtype, kwargs)
     except _UNREADABLE as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise StorageError(
@@ -117,8 +117,8 @@ def _read(source: str, file: str | None, dtype: Any, options: dict[str, Any]) ->
     return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **extra, **options), tokenizer
 
 
-def _unpacked(file: Path, folder: Path, dtype: Any, options: dict[str, Any]) -> str:
-    """Make sure that ``folder`` holds what a GGUF file holds, and give its name."""
+def _unpacked(file: Path, folder: Path, dtype: Any, options: dict[str, Any]) -> tuple[Any, Any]:
+    """Read what ``folder`` keeps of a GGUF file, or the file, and keep it there."""
     record = folder / _RECORD
     made = {
         "file": file.name,
@@ -127,7 +127,7 @@ def _unpacked(file: Path, folder: Path, dtype: Any, options: dict[str, Any]) -> 
         "transformers": version("transformers"),
     }
     if read_json_if_whole(record) == made:
-        return str(folder)
+        return _read(str(folder), None, dtype, options)
     model, tokenizer = _read(str(file.parent), file.name, dtype, options)
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
@@ -138,7 +138,7 @@ def _unpacked(file: Path, folder: Path, dtype: Any, options: dict[str, Any]) -> 
     tokenizer.save_pretrained(folder)
     # Last, so that a folder that was not finished is made again.
     write_json(record, made)
-    return str(folder)
+    return model, tokenizer
 
 
 def _locate(name: str) -> tuple[str, str | None]:
