@@ -3,28 +3,35 @@
 FOLDER holds calibrated heads.  Every contender continues the same held-out prompts greedily at batch 1, in turns
 prompt by prompt, prefill included; ratios are medians over the prompts.  What the step gains (exits off, over
 transformers) and what exits gain (over exits off) stand in columns of their own.  Nothing is timed before exits off and
-verify mode have written what transformers writes, up to close calls.
+verify mode have written what transformers writes, up to close calls.  With ``--output FILE`` what was chosen and every
+prompt's times are kept there as they come, and a run that was interrupted, or limited by ``--at-most``, goes on.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import inspect
 import json
 import sys
 import time
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from pathlib import Path
 from statistics import median
 
 import offramp
 import torch
 from lossless import TIE, gap_at_difference
 from offramp import machine
+from offramp.llm.planning import make_plan
 from offramp.llm.prompts import prompts as shipped_prompts
 from offramp.llm.sequences import TokenSequence, encode_prompts
 
 PLAIN, OFF, VERIFY = "transformers generate", "offramp, exits off", "offramp, verify"
+PLANNED_VERIFY = "offramp, planned verify"
+# Enough to tell which layer suits a peer, and to warm up.
+_TRIED = 16
 
 
 @dataclass
@@ -40,11 +47,26 @@ class Race:
         return median(one / two for one, two in zip(self.speed, other.speed, strict=True))
 
 
-def contenders(ee, tokens, eps):
-    """Functions from prompt ids (1, P) to prompt and continuation (1, T): transformers, and ours in every mode."""
+def modes(ee, eps):
+    """Our contenders by name, as mode and thresholds: the calibration's, and those the planner chose."""
+    scores = ee.score(ee.continue_greedily(shipped_prompts("calibration"), tokens=2000))
+    found = {OFF: ("off", None)}
+    plan = ee.plan(eps[0], scores=scores, measure=0)
+    for target in eps:
+        plan = make_plan(plan.costs, scores, ee.layers, ee.num_layers, ee.calibration.at, target)
+        found[f"offramp, exits at ε = {target:g}"] = ("exit", list(ee.calibration.at(target)))
+        found[f"offramp, planned exits at ε = {target:g}"] = ("exit", list(plan.exit.thresholds))
+    found[VERIFY] = ("verify", list(ee.calibration.at(max(eps))))
+    # Which thresholds verify mode drafts with does not depend on ε: any plan has the fastest.
+    found[PLANNED_VERIFY] = ("verify", list(plan.verify.thresholds))
+    return found
 
-    def ours(mode, thresholds=None):
-        return lambda ids: ee.generate(
+
+def contenders(ee, found):
+    """Functions of prompt ids (1, P) and a number of tokens to prompt and continuation (1, T)."""
+
+    def ours(mode, thresholds):
+        return lambda ids, tokens: ee.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             mode=mode,
@@ -53,102 +75,104 @@ def contenders(ee, tokens, eps):
             do_sample=False,
         )
 
-    found = {PLAIN: plain(ee.model, tokens), OFF: ours("off")}
-    for target in eps:
-        planned = ee.plan(target, measure=0)
-        found[f"offramp, exits at ε = {target:g}"] = ours("exit", ee.calibration.at(target))
-        found[f"offramp, planned exits at ε = {target:g}"] = ours("exit", planned.exit.thresholds)
-    found[VERIFY] = ours("verify", ee.calibration.at(max(eps)))
-    # Which thresholds verify mode drafts with does not depend on ε: any plan has the fastest.
-    found["offramp, planned verify"] = ours("verify", planned.verify.thresholds)
-    return found
+    return {PLAIN: plain(ee.model)} | {name: ours(*settings) for name, settings in found.items()}
 
 
-def plain(model, tokens, **more):
+def plain(model, **more):
     """Greedy search by transformers, with its cache."""
-    return lambda ids: model.generate(
+    return lambda ids, tokens: model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, **more
     )
 
 
-def peers(ee, tokens):
+def peers(ee):
     """By name, the settings of each peer: the same exits, untrained as they come, after each of our layers."""
     found = {
         "transformers assistant_early_exit": {
-            layer: plain(ee.model, tokens, assistant_early_exit=layer) for layer in ee.layers
+            layer: plain(ee.model, assistant_early_exit=layer) for layer in ee.layers
         }
     }
     if find_spec("economize") is None:
-        print("economize is not installed and left out: pip install economize", file=sys.stderr)
+        print("economize is not installed and left out: pip install 'offramp[bench]'", file=sys.stderr)
+        return found
+    # economize 0.3.2 hands layers their cache by the name it had before transformers 5.24.
+    if "past_key_values" not in inspect.signature(ee.model.forward).parameters:
+        print("economize cannot run on this transformers and is left out: take 5.23", file=sys.stderr)
         return found
     from economize.techniques.dynamic_depth import CalmConfig
     from economize.techniques.early_exit import EarlyExitConfig
 
     found["economize early_exit"] = {
-        layer: economized(ee.model, tokens, EarlyExitConfig(exit_layer=layer, head="shared"))
-        for layer in ee.layers
+        layer: economized(ee.model, EarlyExitConfig(exit_layer=layer, head="shared")) for layer in ee.layers
     }
     found["economize calm"] = {
-        layer: economized(ee.model, tokens, CalmConfig(min_layer=layer)) for layer in ee.layers
+        layer: economized(ee.model, CalmConfig(min_layer=layer)) for layer in ee.layers
     }
     return found
 
 
-def economized(model, tokens, config):
+def economized(model, config):
     """A technique of the package economize on a model of its own, whose weights are shared."""
     import economize
 
     weights = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    attached = economize.apply(copy.deepcopy(model, weights), config)
-    return lambda ids: attached.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False
-    )
+    return plain(economize.apply(copy.deepcopy(model, weights), config))
 
 
-def fastest(settings, ids):
-    """The layer and function of a peer that is fastest on one prompt, after a run to warm up."""
+def fastest(settings, ids, tokens=_TRIED):
+    """The layer of a peer that is fastest on one prompt, after a run to warm up."""
     taken = {}
     for layer, run in settings.items():
-        run(ids[None])
+        run(ids[None], tokens)
         start = time.perf_counter()
-        run(ids[None])
+        run(ids[None], tokens)
         taken[layer] = time.perf_counter() - start
-    best = min(taken, key=taken.__getitem__)
-    return best, settings[best]
+    return min(taken, key=taken.__getitem__)
 
 
-def check(ee, runs, prompts, tie):
+def check(ee, runs, prompts, tokens, tie):
     """Refuse to time what does not write the model's own text."""
     for ids in prompts:
-        own = runs[PLAIN](ids[None])[0]
-        for name in (OFF, VERIFY, "offramp, planned verify"):
-            gap = gap_at_difference(ee.model, runs[name](ids[None])[0], own)
+        own = runs[PLAIN](ids[None], tokens)[0]
+        for name in (OFF, VERIFY, PLANNED_VERIFY):
+            gap = gap_at_difference(ee.model, runs[name](ids[None], tokens)[0], own)
             if gap is not None and gap >= tie:
                 raise SystemExit(
                     f"{name} does not write what transformers writes: logits {gap} apart part them"
                 )
 
 
-def race(ee, runs, prompts, say=lambda line: None):
-    """Let every contender continue every prompt (T,), in turns; the first prompt once more before, to warm up."""
-    found = {name: Race() for name in runs}
-    for turn, ids in enumerate([prompts[0], *prompts]):
+def race(ee, runs, prompts, tokens):
+    """Let every contender continue every prompt (T,), in turns; one result a prompt, by contender."""
+    for run in runs.values():
+        run(prompts[0][None], _TRIED)
+    for ids in prompts:
+        found = {}
         for name, run in runs.items():
             ee.last_stats = None
             start = time.perf_counter()
-            text = run(ids[None])[0]
+            text = run(ids[None], tokens)[0]
             seconds = time.perf_counter() - start
-            if turn:
-                found[name].speed.append((len(text) - len(ids)) / seconds)
-                found[name].texts.append(TokenSequence(text, len(ids)))
-                for layer, count in (ee.last_stats.tokens_by_exit if ee.last_stats else {}).items():
-                    found[name].depths[layer] = found[name].depths.get(layer, 0) + count
-        say(f"{turn} of {len(prompts)} prompts")
-    return found
+            found[name] = {
+                "seconds": seconds,
+                "text": text.tolist(),
+                "prompt_length": len(ids),
+                "tokens_by_exit": dict(ee.last_stats.tokens_by_exit) if ee.last_stats else {},
+            }
+        yield found
 
 
-def rows(ee, found):
+def rows(ee, results):
     """One row a contender, in plain values; agreement is with the full model, given the emitted text before."""
+    found = {name: Race() for name in results[0]}
+    for result in results:
+        for name, run in found.items():
+            said = result[name]
+            text = TokenSequence(torch.tensor(said["text"]), said["prompt_length"])
+            run.speed.append(text.generated / said["seconds"])
+            run.texts.append(text)
+            for layer, count in said["tokens_by_exit"].items():
+                run.depths[int(layer)] = run.depths.get(int(layer), 0) + count
     for name, run in found.items():
         agreeing, total = ee.agreement(run.texts)
         yield {
@@ -157,20 +181,63 @@ def rows(ee, found):
             "over_transformers": run.over(found[PLAIN]),
             "over_exits_off": run.over(found[OFF]),
             "agreement": agreeing / total,
+            "same_text": sum(
+                torch.equal(mine.tokens, own.tokens)
+                for mine, own in zip(run.texts, found[PLAIN].texts, strict=True)
+            ),
             "tokens_by_exit": run.depths,
         }
 
 
 def table(found):
     """The rows in Markdown.  What the step gains stands in the row of exits off, what exits gain in the last ratio."""
-    yield "| | tokens/s | × transformers | × exits off | agreement | tokens by layer |"
-    yield "|---|---|---|---|---|---|"
+    yield "| | tokens/s | × transformers | × exits off | agreement | same text | tokens by layer |"
+    yield "|---|---|---|---|---|---|---|"
     for row in found:
         depths = ", ".join(f"{layer}: {count}" for layer, count in row["tokens_by_exit"].items() if count)
         yield (
             f"| {row['name']} | {row['tokens_per_second']:.1f} | {row['over_transformers']:.2f} "
-            f"| {row['over_exits_off']:.2f} | {row['agreement']:.3f} | {depths} |"
+            f"| {row['over_exits_off']:.2f} | {row['agreement']:.3f} | {row['same_text']} | {depths} |"
         )
+
+
+def partings(ee, results):
+    """How far apart the model's two largest logits are where texts that should be transformers' part from them."""
+    for name in (OFF, VERIFY, PLANNED_VERIFY):
+        pairs = [[torch.tensor(result[who]["text"]) for who in (name, PLAIN)] for result in results]
+        gaps = [gap_at_difference(ee.model, *pair) for pair in pairs]
+        yield name, [gap for gap in gaps if gap is not None]
+
+
+class Kept:
+    """Lines of JSON in a file, those of one dtype told apart; in memory alone where there is no file."""
+
+    def __init__(self, path, dtype):
+        self.path, self.dtype = path, dtype
+        stored = path.read_text().splitlines() if path and path.exists() else []
+        lines = [line for line in map(json.loads, stored) if line["dtype"] == dtype]
+        self.settings = next((line["settings"] for line in lines if "settings" in line), None)
+        self.results = [line["result"] for line in lines if "result" in line]
+
+    def add(self, **line):
+        """Keep one line: settings or a result."""
+        if "settings" in line:
+            self.settings = line["settings"]
+        else:
+            self.results.append(line["result"])
+        if self.path:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"dtype": self.dtype} | line) + "\n")
+
+
+def choose(ee, arguments, prompts, tie):
+    """What takes part: mode and thresholds of ours, the fastest layer of each peer."""
+    ours = modes(ee, arguments.eps)
+    check(ee, contenders(ee, ours), prompts[:2], arguments.tokens, tie)
+    own_layer = {}
+    if not arguments.no_peers:
+        own_layer = {name: fastest(settings, prompts[0]) for name, settings in peers(ee).items()}
+    return {"ours": ours, "peers": own_layer, "layers": ee.layers, "machine": machine.describe()}
 
 
 def main():
@@ -182,28 +249,34 @@ def main():
     parser.add_argument("--threads", type=int)
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--dtypes", nargs="+", choices=TIE, default=list(TIE))
+    parser.add_argument("--output", type=Path, help="file of results, which an interrupted run continues")
+    parser.add_argument("--at-most", type=int, default=10**6, help="prompts to time before stopping")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-
-    def say(line):
-        print(line, file=sys.stderr, flush=True)
-
-    results = {}
     for dtype in arguments.dtypes:
         ee = offramp.EarlyExitModel.from_pretrained(arguments.folder, dtype=getattr(torch, dtype))
         texts = shipped_prompts("held_out")[: arguments.prompts]
         prompts = encode_prompts(texts, ee.tokenizer, max_positions=8192)
-        runs = contenders(ee, arguments.tokens, arguments.eps)
-        check(ee, runs, prompts[:2], TIE[dtype])
-        if not arguments.no_peers:
-            for name, settings in peers(ee, arguments.tokens).items():
-                layer, run = fastest(settings, prompts[0])
-                runs[f"{name}, layer {layer}"] = run
-        results[dtype] = list(rows(ee, race(ee, runs, prompts, say)))
-        print(f"\n{dtype}, {len(prompts)} prompts, at most {arguments.tokens} new tokens each\n")
-        print("\n".join(table(results[dtype])), flush=True)
-    print(json.dumps({"rows": results, "threads": torch.get_num_threads(), "machine": machine.describe()}))
+        kept = Kept(arguments.output, dtype)
+        if kept.settings is None:
+            if ee.calibration.dtype != dtype:
+                ee.calibrate(ee.calibration.eps)
+            kept.add(settings=choose(ee, arguments, prompts, TIE[dtype]))
+        runs = contenders(ee, kept.settings["ours"])
+        settings = peers(ee) if kept.settings["peers"] else {}
+        for name, layer in kept.settings["peers"].items():
+            runs[f"{name}, layer {layer}"] = settings[name][layer]
+        due = prompts[len(kept.results) :][: arguments.at_most]
+        for result in race(ee, runs, due, arguments.tokens) if due else ():
+            kept.add(result=result)
+            print(f"{len(kept.results)} of {len(prompts)} prompts", file=sys.stderr, flush=True)
+        if len(kept.results) == len(prompts):
+            print(f"\n{dtype}, {len(prompts)} prompts, at most {arguments.tokens} new tokens each\n")
+            print("\n".join(table(rows(ee, kept.results))), flush=True)
+            for name, gaps in partings(ee, kept.results):
+                print(f"{name}: logits apart where its texts part from transformers': {gaps}")
+    print(json.dumps({"threads": torch.get_num_threads(), "machine": machine.describe()}))
 
 
 if __name__ == "__main__":

@@ -42,31 +42,63 @@ def prompts():
     return [torch.arange(3 + row, 9 + 2 * row) for row in range(5)]
 
 
+def ours(ee):
+    """Exits that take something, drafts that are rejected, and the plan's."""
+    at = [list(ee.calibration.at(eps)) for eps in (0.2, 0.3)]
+    return {
+        generation.OFF: ("off", None),
+        "eager": ("exit", at[0]),
+        generation.VERIFY: ("verify", at[1]),
+        generation.PLANNED_VERIFY: ("verify", at[0]),
+    }
+
+
 def test_the_race_shows_every_contender_with_both_gains_apart(ee, prompts):
-    runs = generation.contenders(ee, TOKENS, [0.2, 0.3])
-    generation.check(ee, runs, prompts[:2], 1e-4)
-    for name, settings in generation.peers(ee, TOKENS).items():
-        layer, runs[name] = generation.fastest(settings, prompts[0])
+    runs = generation.contenders(ee, ours(ee))
+    generation.check(ee, runs, prompts[:2], TOKENS, 1e-4)
+    for name, settings in generation.peers(ee).items():
+        layer = generation.fastest(settings, prompts[0], TOKENS)
         assert layer in ee.layers
-    found = list(generation.rows(ee, generation.race(ee, runs, prompts[:3])))
+        runs[name] = settings[layer]
+    results = list(generation.race(ee, runs, prompts[:3], TOKENS))
+    assert not any(gaps for _, gaps in generation.partings(ee, results))
+    swapped = [result | {generation.OFF: result["eager"]} for result in results]
+    assert dict(generation.partings(ee, swapped))[generation.OFF]
+    found = list(generation.rows(ee, results))
     by_name = {row["name"]: row for row in found}
     assert by_name.keys() == runs.keys()
     assert by_name[generation.PLAIN]["over_transformers"] == by_name[generation.OFF]["over_exits_off"] == 1
     for name in (generation.PLAIN, generation.OFF, generation.VERIFY, "transformers assistant_early_exit"):
         assert by_name[name]["agreement"] == 1
-    early = by_name["offramp, exits at ε = 0.2"]
+        assert by_name[name]["same_text"] == 3
+    early = by_name["eager"]
     assert sum(early["tokens_by_exit"].values()) > early["tokens_by_exit"][4]
     assert early["agreement"] < 1
+    assert early["same_text"] < 3
     lines = list(generation.table(found))
     assert len(lines) == 2 + len(runs)
     assert len({line.count("|") for line in lines}) == 1
 
 
+def test_what_was_timed_is_kept_by_dtype(ee, prompts, tmp_path):
+    path = tmp_path / "race.jsonl"
+    kept = generation.Kept(path, "float32")
+    kept.add(settings={"ours": ours(ee), "peers": {}})
+    runs = generation.contenders(ee, kept.settings["ours"])
+    for result in generation.race(ee, runs, prompts[:2], TOKENS):
+        kept.add(result=result)
+    generation.Kept(path, "bfloat16").add(result={})
+    again = generation.Kept(path, "float32")
+    assert again.settings["ours"].keys() == kept.settings["ours"].keys()
+    one, other = (list(generation.rows(ee, item.results)) for item in (kept, again))
+    assert one == other
+
+
 def test_what_writes_another_text_is_not_timed(ee, prompts):
-    runs = generation.contenders(ee, TOKENS, [0.2])
-    runs[generation.VERIFY] = runs["offramp, exits at ε = 0.2"]
+    runs = generation.contenders(ee, ours(ee))
+    runs[generation.VERIFY] = runs["eager"]
     with pytest.raises(SystemExit, match=r"^offramp, verify does not write what transformers writes"):
-        generation.check(ee, runs, prompts, 1e-4)
+        generation.check(ee, runs, prompts, TOKENS, 1e-4)
 
 
 @pytest.mark.parametrize("batch", [1, 2])

@@ -162,6 +162,22 @@ def test_verified_text_is_the_models(adapted, taus, model, prompts):
         assert adapted.last_stats.rejected_drafts > 0
 
 
+@pytest.mark.parametrize("cap", [3, None])
+def test_little_waits_before_a_head_that_is_never_asked(adapted, model, prompts, cap, monkeypatch):
+    """In verify mode its rows come with the flushes, while a shallower head drafts everything."""
+    unread, feed = [], Rollout.feed
+
+    def noted(rollout, tokens):
+        unread.append(max(reader.waiting for reader in rollout.readers))
+        feed(rollout, tokens)
+
+    monkeypatch.setattr(Rollout, "feed", noted)
+    settings = {"max_new_tokens": NEW, "thresholds": [0.0] * 3, "max_pending": cap}
+    mine = adapted.generate(prompts[0][:1], mode="verify", **settings)
+    assert torch.equal(mine, model.generate(prompts[0][:1], max_new_tokens=NEW, do_sample=False))
+    assert max(unread) > 9 if cap is None else max(unread) <= cap
+
+
 def test_an_adapter_knows_more_than_its_layer_by_itself(adapted, texts):
     """It is worth having attention: shuffled earlier tokens change what it says, which they could not otherwise."""
     sequence = texts[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from offramp import EarlyExitModel, HeadConfig, ModelError
+from offramp import EarlyExitModel, HeadConfig, InputError, ModelError
 from tiny import make_model
 from transformers import AutoModelForCausalLM
 
@@ -21,6 +21,37 @@ class Int8Linear(torch.nn.Linear):
 
     def forward(self, hidden):
         return torch.nn.functional.linear(hidden, self.weight * self.scale)
+
+
+class Composite(torch.Tensor):
+    """A weight made of int8 values and scales that poses as one tensor and only multiplies, as torchao's do."""
+
+    @staticmethod
+    def __new__(cls, whole, scale):
+        return torch.Tensor._make_wrapper_subclass(cls, whole.shape, dtype=scale.dtype)
+
+    def __init__(self, whole, scale):
+        self.whole, self.scale = whole, scale
+
+    def __tensor_flatten__(self):
+        return ["whole", "scale"], None
+
+    def dequantize(self):
+        return self.whole * self.scale
+
+    @classmethod
+    def __torch_function__(cls, function, _types, arguments=(), keywords=None):
+        if function is torch.nn.functional.linear:
+            hidden, weight, *bias = arguments
+            return function(hidden, weight.dequantize(), *bias)
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(*arguments, **(keywords or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, operator, _types, arguments=(), _keywords=None):
+        if operator in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+            return cls(arguments[0].whole, arguments[0].scale)
+        raise NotImplementedError(operator)
 
 
 def on_one_device(folder):
@@ -45,7 +76,18 @@ def quantised(folder):
     return model
 
 
-@pytest.mark.parametrize("place", [on_one_device, quantised])
+def composite(folder):
+    """With its output matrix, which heads are made from."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    for module in list(model.modules()):
+        if isinstance(module, torch.nn.Linear):
+            whole = Int8Linear(module)
+            weight = Composite(whole.weight.detach(), whole.scale.detach())
+            module.weight = torch.nn.Parameter(weight, requires_grad=False)
+    return model
+
+
+@pytest.mark.parametrize("place", [on_one_device, quantised, composite])
 def test_tokens_are_those_of_generate(tmp_path, texts, prompts, place):
     make_model().save_pretrained(tmp_path)
     model = place(tmp_path).requires_grad_(False).eval()
@@ -62,6 +104,20 @@ def test_tokens_are_those_of_generate(tmp_path, texts, prompts, place):
     )
     assert torch.equal(verified.sequences, own)
     assert verified.stats.rejected_drafts > 0
+    ee.save_pretrained(tmp_path / "exits")
+    again = EarlyExitModel.from_pretrained(tmp_path / "exits", model)
+    assert torch.equal(
+        again.generate(ids, thresholds=[0.5, 0.0], **settings),
+        ee.generate(ids, thresholds=[0.5, 0.0], **settings),
+    )
+
+
+@pytest.mark.parametrize("place", [quantised, composite])
+def test_layers_that_are_quantised_cannot_be_a_head(tmp_path, texts, place):
+    make_model().save_pretrained(tmp_path)
+    ee = EarlyExitModel(place(tmp_path), None, layers=(1, 3), head="adapter")
+    with pytest.raises(InputError, match="quantised and cannot be trained"):
+        ee.train_heads(sequences=texts[:5], epochs=1)
 
 
 def test_weights_that_are_not_in_memory_get_a_sentence(tmp_path, texts):

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 from offramp import EarlyExitModel, HeadConfig, InputError
+from offramp.llm import verifying
 from offramp.llm.cache import cache_argument
 from scipy import stats
 from tiny import make_model
-from transformers import DynamicCache, TextStreamer
+from transformers import DynamicCache, LogitsProcessorList, TextStreamer
 
 NEW = 30
 
@@ -61,6 +62,28 @@ def test_heads_that_are_always_sure_and_always_wrong_cost_only_time(trained, mod
     )
     assert torch.equal(output.sequences, own)
     assert output.stats.rejected_drafts > NEW
+
+
+@pytest.mark.parametrize("sure", [0, 1, 2])
+def test_the_cap_holds_wherever_drafts_wait(trained, prompts, cap, sure, monkeypatch):
+    """Of a head that takes every token that reaches it, drafts wait right behind it."""
+    waited = []
+    feed = verifying._Text.feed
+
+    def noted(text):
+        waited.append(max(text.rollout.pending(segment) for segment in range(1, 4)))
+        feed(text)
+
+    monkeypatch.setattr(verifying._Text, "feed", noted)
+    trained.generate(
+        prompts[0][:1],
+        max_new_tokens=NEW,
+        mode="verify",
+        thresholds=[1.0] * sure + [0.0] * (3 - sure),
+        max_pending=cap,
+    )
+    # Without a cap the prompt waits with the first drafts.
+    assert max(waited) > 9 if cap is None else max(waited) == cap
 
 
 def test_rows_that_end_at_different_steps(trained, model, thresholds, prompts, cap):
@@ -117,8 +140,6 @@ def test_the_streamer_sees_confirmed_tokens_only(trained, thresholds, prompts):
 def test_keys_and_values_are_the_full_models_after_rejections(
     trained, model, thresholds, prompts, monkeypatch
 ):
-    from offramp.llm import verifying
-
     kept = []
     judge = verifying._Text
     monkeypatch.setattr(verifying, "_Text", lambda *arguments: kept.append(judge(*arguments)) or kept[-1])
@@ -191,6 +212,26 @@ def test_sampling_has_the_full_models_distribution():
     assert p_value(counts["verify"]) > 1e-3
     # The test can fail: plain exits sample from the heads.
     assert p_value(counts["exit"]) < 1e-6
+
+
+def test_a_rejection_gives_what_the_draft_took_too_much_of():
+    """Drafts from q, kept or replaced, are as if drawn from p; and as many are kept as can be."""
+    rows = 200_000
+    torch.manual_seed(5)
+    logits = torch.tensor([1.0, 0.3, -0.5, 2.0, -3.0, 0.0, 0.7, -1.0])
+    q = torch.tensor([0.3, 0.0, 0.1, 0.2, 0.1, 0.0, 0.15, 0.15])
+    p = logits.softmax(-1)
+    rule = verifying._Rule(LogitsProcessorList(), sample=True, vocab_size=8)
+    drafts = torch.multinomial(q, rows, replacement=True)
+    ids = torch.zeros(rows, 1, dtype=torch.int64)
+    stands, own = rule.judge(ids, logits.expand(rows, 8), drafts=drafts, q=q.expand(rows, 8))
+    counts = torch.where(stands, drafts, own).bincount(minlength=8)
+    assert stats.chisquare(counts.numpy(), p.double().numpy() / float(p.double().sum()) * rows).pvalue > 1e-3
+    kept = float(torch.minimum(p, q).sum())
+    # From p itself every draft is kept, and nothing is left to draw another from.
+    same = torch.multinomial(p, rows, replacement=True)
+    assert rule.judge(ids, logits.expand(rows, 8), drafts=same, q=p.expand(rows, 8))[0].all()
+    assert int(stands.sum()) == pytest.approx(kept * rows, abs=4 * (rows * kept * (1 - kept)) ** 0.5)
 
 
 def test_scores_are_refused(trained, thresholds, prompts):

@@ -16,7 +16,7 @@ from torch import nn
 from offramp.errors import InputError
 from offramp.llm.cache import GrowingCache
 from offramp.llm.lean import LeanLayer
-from offramp.llm.trunk import Trunk
+from offramp.llm.trunk import Trunk, is_composite
 
 
 class BranchState:
@@ -75,11 +75,13 @@ class Branch:
 
     def new_layers(self) -> nn.ModuleList:
         """Copy the layers in float32, to be trained."""
-        layers = nn.ModuleList(copy.deepcopy(layer) for layer in self._trunk.layers[self.first :])
-        if not all(parameter.is_floating_point() for parameter in layers.parameters()):
+        own = self._trunk.layers[self.first :]
+        weights = [weight for layer in own for weight in layer.parameters()]
+        if any(is_composite(weight) or not weight.is_floating_point() for weight in weights):
             raise InputError(
                 "head is 'adapter': the layers of this model are quantised and cannot be trained; choose 'mlp'"
             )
+        layers = nn.ModuleList(copy.deepcopy(layer) for layer in own)
         return layers.float().requires_grad_(True)
 
     def new_state(self, layers: nn.ModuleList) -> BranchState:

@@ -19,17 +19,12 @@ from numpy.typing import NDArray
 from transformers import GenerationConfig
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from offramp.errors import InputError, ModelError, OutOfMemoryError
+from offramp.errors import InputError, OutOfMemoryError
 from offramp.llm.auditing import Audit
 from offramp.llm.heads import ExitHead
 from offramp.llm.reading import Reader
 from offramp.llm.staging import Stage
-from offramp.llm.trunk import Trunk, positions_from_mask
-
-_BROKEN = (
-    "{} logits that are not numbers; its weights are damaged or its dtype overflows (float16 does, where bfloat16 and "
-    "float32 do not)"
-)
+from offramp.llm.trunk import Trunk, not_numbers, positions_from_mask
 
 
 @dataclass(frozen=True, eq=False)
@@ -222,9 +217,7 @@ class Rollout:
             try:
                 choice, reached = self._stage.exits(logits, item.threshold)
             except InputError as error:
-                raise ModelError(
-                    f"model: {_BROKEN.format(f'the head after layer {item.layer} gave')}"
-                ) from error
+                raise not_numbers(f"the head after layer {item.layer}") from error
             leaving = unanswered & reached
             if leaving.any():
                 rows = torch.from_numpy(np.flatnonzero(leaving))
@@ -272,12 +265,17 @@ class Rollout:
         """
         logits = self.trunk.logits(hidden)
         if bool(logits.isnan().any()):
-            raise ModelError(f"model: {_BROKEN.format('its last layer gave')}")
+            raise not_numbers("its last layer")
         return logits
 
     def pending(self, segment: int) -> int:
         """Positions that wait before a segment."""
         return sum(part.shape[1] for part in self._waiting[segment])
+
+    @property
+    def unconfirmed(self) -> int:
+        """Positions the last segment has yet to see, wherever they wait."""
+        return self.positions.shape[1] - self.cache.length(self.trunk.num_layers - 1)
 
     def flush(self) -> torch.Tensor | None:
         """Run whatever waits, so that every layer has seen every fed token; returns what left the last layer."""
@@ -304,8 +302,12 @@ class Rollout:
         for segment in range(1, len(self._waiting)):
             if self.pending(segment) > self.max_pending:
                 self.run(segment)
+        self.relieve_heads(self.max_pending)
+
+    def relieve_heads(self, limit: int) -> None:
+        """Let heads with a memory read on where more than ``limit`` rows wait for them."""
         for reader in self.readers:
-            if reader.waiting > self.max_pending:
+            if reader.waiting > limit:
                 reader.catch_up(self.positions, self.mask)
 
     @staticmethod

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from offramp.errors import ModelError
+from offramp.llm.trunk import plain_values
 
 _SAMPLES_PER_PARAMETER = 64
 # Two roundings of one weight, to bfloat16 and to float16, lie within 2^-8 of it; float16 loses what is under 2^-25.
@@ -80,7 +81,7 @@ def fingerprint(model: nn.Module) -> Fingerprint:
                 f"model: {name} is not in memory but offloaded; load the model with a device_map that offloads nothing"
             )
         names.append(f"{name}{tuple(parameter.shape)}")
-        flat = parameter.detach().reshape(-1)
+        flat = plain_values(parameter).reshape(-1)
         count = min(_SAMPLES_PER_PARAMETER, flat.numel())
         places = torch.arange(count, device=flat.device) * flat.numel() // max(count, 1)
         samples.append(flat[places].to(device="cpu", dtype=torch.float32))

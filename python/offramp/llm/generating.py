@@ -12,10 +12,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from offramp.errors import ModelError
 from offramp.llm.cache import GrowingCache
 from offramp.llm.sequences import TokenSequence, left_pad
-from offramp.llm.trunk import Trunk, positions_from_mask
+from offramp.llm.trunk import Trunk, not_numbers, positions_from_mask
 
 TOP = 8
 """Number of the model's first choices kept for every token; the shortlist is chosen from them."""
@@ -234,7 +233,7 @@ def _pick(
     """Next token of every row: argmax where the temperature is 0, else a sample."""
     largest, tokens = logits.max(dim=-1)
     if bool(largest.isnan().any()):
-        raise ModelError("model: its last layer gave logits that are NaN; check its weights and its dtype")
+        raise not_numbers("its last layer")
     warm = temperatures > 0
     if bool(warm.any()):
         tokens[warm] = _sample(logits[warm], temperatures[warm], generator)

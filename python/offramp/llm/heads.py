@@ -19,7 +19,7 @@ from torch.nn import functional
 from offramp.errors import InputError
 from offramp.llm.branch import Branch, BranchState
 from offramp.llm.states import Picked
-from offramp.llm.trunk import Trunk
+from offramp.llm.trunk import Trunk, plain_values
 
 _INITS = ("copy", "scratch")
 _HEADS: dict[str, type[ExitHead]] = {}
@@ -466,7 +466,7 @@ def output_rows(trunk: Trunk, shortlist: torch.Tensor | None) -> tuple[torch.Ten
 
     A factor the model puts on its logits is in them; a soft cap is not.
     """
-    weight = trunk.output.weight.detach()
+    weight = plain_values(trunk.output.weight)
     bias = getattr(trunk.output, "bias", None)
     bias = None if bias is None else bias.detach()
     if shortlist is not None:

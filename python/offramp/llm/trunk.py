@@ -373,6 +373,26 @@ def _recorded_outputs(layers: Sequence[nn.Module]) -> Iterator[list[Any]]:
             handle.remove()
 
 
+def is_composite(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is made of tensors, as torchao keeps a quantised weight; it can do little but multiply."""
+    return hasattr(tensor, "__tensor_flatten__")
+
+
+def plain_values(parameter: torch.Tensor) -> torch.Tensor:
+    """Values of a parameter that can be sliced and computed with, apart from any gradient."""
+    values: Any = parameter.detach()
+    found: torch.Tensor = values.dequantize() if is_composite(values) else values
+    return found
+
+
+def not_numbers(what: str) -> ModelError:
+    """Say that ``what`` (a head, the last layer) gave NaN for logits, and what may be the cause."""
+    return ModelError(
+        f"model: {what} gave logits that are not numbers; its weights are damaged or its dtype overflows (float16 "
+        "does, where bfloat16 and float32 do not)"
+    )
+
+
 def positions_from_mask(mask: torch.Tensor) -> torch.Tensor:
     """Rotary positions (B, T) of an attention mask (B, T): tokens count from 0 after the left padding."""
     return (mask.long().cumsum(dim=-1) - 1).clamp(min=0)

@@ -51,12 +51,12 @@ def decode_verified(
     rule = _Rule(logits_processor, generation_config.do_sample, rollout.trunk.vocab_size)
     pads = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
     pad = generation_config._pad_token_tensor if pads else None
-    text = _Text(rollout, input_ids, rule, None if pad is None else int(pad), audit)
+    text = _Text(rollout, input_ids, rule, None if pad is None else int(pad), max_pending, audit)
     streamed = input_ids.shape[1]
     while True:
         text.advance(text.unfinished if pads else torch.ones_like(text.unfinished))
         stops = stopping_criteria(text.tokens, None)
-        if not text.confirmed and (bool((stops & text.unfinished).any()) or text.too_many(max_pending)):
+        if not text.confirmed and (bool((stops & text.unfinished).any()) or text.too_many):
             text.verify()
             stops = stopping_criteria(text.tokens, None)
         if text.confirmed:
@@ -144,9 +144,15 @@ class _Text:
     """
 
     def __init__(
-        self, rollout: Rollout, prompts: torch.Tensor, rule: _Rule, pad: int | None, audit: Audit | None
+        self,
+        rollout: Rollout,
+        prompts: torch.Tensor,
+        rule: _Rule,
+        pad: int | None,
+        limit: int | None,
+        audit: Audit | None,
     ) -> None:
-        self.rollout, self.rule, self.pad, self.audit = rollout, rule, pad, audit
+        self.rollout, self.rule, self.pad, self.limit, self.audit = rollout, rule, pad, limit, audit
         self.tokens = prompts
         self.depths = torch.zeros(len(prompts), 0, dtype=torch.int64)
         self.unfinished = torch.ones(len(prompts), dtype=torch.bool, device=prompts.device)
@@ -162,9 +168,10 @@ class _Text:
         """Whether no column is a draft."""
         return not self._drafts
 
-    def too_many(self, limit: int | None) -> bool:
-        """Whether more positions wait for the last segment than may."""
-        return limit is not None and self.rollout.pending(len(self.rollout.bounds) - 2) > limit
+    @property
+    def too_many(self) -> bool:
+        """Whether more positions wait for the last segment, before it or before an earlier one, than may."""
+        return self.limit is not None and self.rollout.unconfirmed > self.limit
 
     def feed(self) -> None:
         """Hand the newest tokens to the model."""
@@ -257,6 +264,8 @@ class _Text:
         self.depths = torch.cat([self.depths[:, : first - self._prompt], depths], dim=1)
         self._fed = self.tokens.shape[1] - 1
         self.rollout.rewind(self._fed)
+        if self.limit is not None:
+            self.rollout.relieve_heads(self.limit)
 
     def _append(self, tokens: torch.Tensor, depths: torch.Tensor) -> None:
         self.tokens = torch.cat([self.tokens, tokens[:, None]], dim=1)
