@@ -71,6 +71,14 @@ def test_agrees_with_the_reference_where_scores_are_counted_in_buckets(dtype):
     assert assert_same(scores, correct, 0.9, delta=0.1, groups=np.arange(50_000) // 10).found
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_budgets_agree_with_the_reference_where_samples_are_summed_in_stretches(dtype):
+    scores, correct = heads_like(np.random.default_rng(3), 2, 10_000, dtype)
+    costs = [1.0, 2.0, 4.0]
+    assert assert_same(scores, correct, 0.9, mode="budget", costs=costs).found
+    assert assert_same(scores, correct, 0.9, mode="budget", costs=[2.0, 1.0, 4.0], budget=0.05).found
+
+
 def test_sequential_thresholds_hold_on_what_reaches_each_head():
     rng = np.random.default_rng(3)
     for _ in range(20):

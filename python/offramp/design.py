@@ -320,8 +320,9 @@ def as_groups(groups: Any, samples: int) -> Groups:
     # Tokens of a sequence mostly stand together: number the stretches, which are few.
     begins = np.append(True, found[1:] != found[:-1])
     _, numbers = np.unique(found[begins], return_inverse=True)
-    of = np.repeat(numbers.astype(np.uint32), np.diff(np.append(np.flatnonzero(begins), samples)))
-    sizes = np.bincount(of)
+    lengths = np.diff(np.append(np.flatnonzero(begins), samples))
+    of = np.repeat(numbers.astype(np.uint32), lengths)
+    sizes = np.bincount(numbers, weights=lengths)
     return Groups(of, len(sizes), int(sizes.max()))
 
 

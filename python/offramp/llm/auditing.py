@@ -69,13 +69,13 @@ class Audit:
             self._waiting.append((position, row, int(exits[row]), int(step.tokens[row])))
 
     def hear(self, rollout: Rollout, hidden: torch.Tensor, first: int) -> None:
-        """Compare with what left the last layer (B, q, H), whose positions start at ``first``."""
-        end = first + hidden.shape[1]
-        # The newest may wait before an earlier segment still.
-        heard = [item for item in self._waiting if item[0] < end]
+        """Compare with what left the last layer (B, q, H), whose positions start at ``first``.
+
+        They end with the newest: more waits before a segment only where the ones below have just run.
+        """
+        heard, self._waiting = self._waiting, []
         if not heard:
             return
-        self._waiting = self._waiting[len(heard) :]
         at = [position - first for position, _, _, _ in heard]
         own = rollout.full_logits(hidden[[row for _, row, _, _ in heard], at][None])[0].argmax(dim=-1)
         for (_, row, exit_, token), model_token in zip(heard, own.tolist(), strict=True):

@@ -1,9 +1,12 @@
 //! The cheapest thresholds of a cascade that keep the share of wrong samples within an allowance.
 //!
 //! A price on every wrong sample turns the allowance into a part of the cost; for a given price each head in turn
-//! takes the threshold that is best with the others as they are, which one pass over its scores in order finds
-//! exactly.  The price is found by bisection, and at the end the heads take turns once more under the allowance
-//! itself.  All sums are integer counts until they are compared.
+//! takes the threshold that is best with the others as they are.  The price is found by bisection, and at the end the
+//! heads take turns once more under the allowance itself.
+//!
+//! With the others as they are, a sample that a head takes changes the sum by an amount of its own, so the best
+//! threshold is where the sums over its falling scores are lowest.  Sums over stretches, in floating point, tell which
+//! stretches may hold it; inside those, values are computed from integer counts.
 
 use crate::cascade::{Heads, Keys};
 use crate::error::{Error, Result};
@@ -17,13 +20,22 @@ const PRICES: usize = 24;
 const RANGE: (f64, f64) = (-12.0, 28.0);
 /// Rounds of the heads, at most.
 const ROUNDS: usize = 20;
-/// A sample that does not reach the head.
+/// The state of a sample that does not reach the head.
 const GONE: u8 = u8::MAX;
 /// Flags beside the number of the next exit.
 const WRONG_HERE: u8 = 0x40;
 const WRONG_NEXT: u8 = 0x80;
-/// Heads whose numbers fit beside the flags.
-const MOST_HEADS: usize = 62;
+/// All states.
+const STATES: usize = 256;
+/// Numbers that fit beside the flags: of the heads, of the whole model, and one that is left for [`GONE`].
+const EXITS: usize = 64;
+const MOST_HEADS: usize = EXITS - 2;
+/// Samples summed together, and samples one thread looks at before it takes more work.
+const STRETCH: usize = 1 << 12;
+const PIECE: usize = 1 << 18;
+/// What sums over a stretch may be wrong by through rounding: this share of the most that all samples could change.
+/// Two to the twelfth samples round two to the twelfth times, each time by 1.1e-16 of what they add up to.
+const ROUNDED: f64 = 1e-12;
 
 /// What the samples may cost and miss.
 #[derive(Debug, Clone, Copy)]
@@ -38,237 +50,353 @@ pub(crate) struct Allowance<'a> {
 pub(crate) fn cheapest<S: Calibratable>(
     heads: &Heads<S>,
     alive: &[u64],
-    start: Keys<S>,
+    start: &Keys<S>,
     allowance: Allowance,
     run: &Run,
 ) -> Result<Keys<S>> {
     let search = Search::new(heads, alive, allowance, run)?;
+    let start = search.choice(start);
     let mut best = Best {
         cost: f64::INFINITY,
-        keys: vec![None; heads.count],
+        ends: vec![0; heads.count],
     };
+    best.offer(&search, &search.choice(&vec![None; heads.count]), run)?;
+    best.offer(&search, &start, run)?;
     let (mut low, mut high) = RANGE;
-    let none = vec![None; heads.count];
-    best.offer(&search, &none);
-    best.offer(&search, &start);
     for _ in 0..PRICES {
         let middle = low.midpoint(high);
-        let price = allowance.costs[heads.count] * middle.exp2();
-        let keys = search.rounds(
-            start.clone(),
-            |exchange, _| Some(exchange.cost(allowance.costs) + price * exchange.wrong as f64),
-            run,
-        )?;
-        if best.offer(&search, &keys) {
+        let terms = Terms {
+            price: allowance.costs[heads.count] * middle.exp2(),
+            bounded: false,
+        };
+        let found = search.rounds(start.clone(), terms, run)?;
+        if best.offer(&search, &found, run)? {
             high = middle;
         } else {
             low = middle;
         }
     }
-    for keys in [best.keys.clone(), start] {
-        let keys = search.rounds(
-            keys,
-            |exchange, wrong| {
-                search
-                    .allows(wrong + exchange.wrong)
-                    .then(|| exchange.cost(allowance.costs))
-            },
-            run,
-        )?;
-        best.offer(&search, &keys);
+    let terms = Terms {
+        price: 0.0,
+        bounded: true,
+    };
+    for choice in [search.choice(&search.keys(&best.ends)), start] {
+        let found = search.rounds(choice, terms, run)?;
+        best.offer(&search, &found, run)?;
     }
-    Ok(best.keys)
+    Ok(search.keys(&best.ends))
 }
 
 /// The cheapest thresholds so far.
-struct Best<K> {
+struct Best {
     cost: f64,
-    keys: Vec<Option<K>>,
+    ends: Vec<usize>,
 }
 
-impl<K: crate::order::Key> Best<K> {
+impl Best {
     /// Whether the thresholds keep within the allowance; the cheapest are kept.
-    fn offer<S: Calibratable<Key = K>>(&mut self, search: &Search<S>, keys: &Keys<S>) -> bool {
-        let (taken, wrong) = search.totals(keys);
+    fn offer<S: Calibratable>(
+        &mut self,
+        search: &Search<S>,
+        choice: &Choice,
+        run: &Run,
+    ) -> Result<bool> {
+        let (taken, wrong) = search.totals(choice, run)?;
         if !search.allows(wrong) {
-            return false;
+            return Ok(false);
         }
-        let cost = taken
-            .iter()
-            .zip(search.allowance.costs)
-            .map(|(&n, cost)| n as f64 * cost)
-            .sum();
+        let costs = taken.iter().zip(search.allowance.costs);
+        let cost = costs.map(|(&n, cost)| n as f64 * cost).sum();
         if cost < self.cost {
             *self = Self {
                 cost,
-                keys: keys.clone(),
+                ends: choice.ends.clone(),
             };
         }
-        true
+        Ok(true)
     }
 }
 
+/// What the heads are to keep low: the cost and a price for every wrong sample, perhaps within the allowance only.
+#[derive(Clone, Copy)]
+struct Terms {
+    price: f64,
+    bounded: bool,
+}
+
+/// A threshold for each head.
+#[derive(Clone)]
+struct Choice {
+    /// How many of all samples, by falling score, reach it.
+    ends: Vec<usize>,
+    /// For each sample a bit for every head whose threshold it reaches.
+    reached: Vec<u64>,
+}
+
 /// What changes if a head takes some samples: how many it takes, which exits lose them, how many more are wrong.
+#[derive(Clone)]
 struct Exchange {
     head: usize,
     taken: i64,
-    lost: Vec<i64>,
+    lost: [i64; EXITS],
     wrong: i64,
 }
 
 impl Exchange {
+    fn none(head: usize) -> Self {
+        Self {
+            head,
+            taken: 0,
+            lost: [0; EXITS],
+            wrong: 0,
+        }
+    }
+
+    /// Let the head take so many samples of one state.
+    fn take(&mut self, state: u8, times: i64) {
+        if state != GONE {
+            self.taken += times;
+            self.lost[usize::from(state & !(WRONG_HERE | WRONG_NEXT))] += times;
+            self.wrong += times * more_wrong(state);
+        }
+    }
+
     fn cost(&self, costs: &[f64]) -> f64 {
         let lost = self.lost.iter().zip(costs).skip(self.head + 1);
         self.taken as f64 * costs[self.head] - lost.map(|(&n, cost)| n as f64 * cost).sum::<f64>()
     }
 }
 
+/// By how many more samples are wrong if the head takes one.
+fn more_wrong(state: u8) -> i64 {
+    i64::from(state & WRONG_HERE != 0) - i64::from(state & WRONG_NEXT != 0)
+}
+
+/// What the samples of a stretch change.
+struct Stretch {
+    states: [u32; STATES],
+    /// The lowest value and the fewest wrong samples from its start on, less those at its start.
+    lowest: f64,
+    fewest: i64,
+}
+
+impl Stretch {
+    fn of<K>(items: &[(K, u32)], states: &[u8], changes: &[(f64, i64); STATES]) -> Self {
+        let mut stretch = Self {
+            states: [0; STATES],
+            lowest: f64::INFINITY,
+            fewest: i64::MAX,
+        };
+        let (mut value, mut wrong) = (0.0, 0);
+        for &(_, sample) in items {
+            let state = usize::from(states[sample as usize]);
+            stretch.states[state] += 1;
+            value += changes[state].0;
+            wrong += changes[state].1;
+            stretch.lowest = stretch.lowest.min(value);
+            stretch.fewest = stretch.fewest.min(wrong);
+        }
+        stretch
+    }
+}
+
 struct Search<'a, S: Calibratable> {
-    heads: &'a Heads<'a, S>,
     allowance: Allowance<'a>,
-    /// The samples that count.
-    samples: Vec<u32>,
+    /// How many samples count.
+    samples: usize,
     /// Those by falling score, for each head.
     falling: Vec<Vec<(S::Key, u32)>>,
+    /// For each of them a bit for every head that is wrong.
+    wrong: Vec<u64>,
 }
 
 impl<'a, S: Calibratable> Search<'a, S> {
-    fn new(
-        heads: &'a Heads<S>,
-        alive: &[u64],
-        allowance: Allowance<'a>,
-        run: &Run,
-    ) -> Result<Self> {
+    fn new(heads: &Heads<S>, alive: &[u64], allowance: Allowance<'a>, run: &Run) -> Result<Self> {
         if heads.count > MOST_HEADS {
             return Err(Error::TooManyHeads {
                 heads: heads.count,
                 most: MOST_HEADS,
             });
         }
-        let is_alive = |&sample: &u32| alive[sample as usize / 64] >> (sample % 64) & 1 == 1;
-        let samples: Vec<u32> = (0..heads.samples as u32).filter(is_alive).collect();
+        let is_alive = |&sample: &usize| alive[sample / 64] >> (sample % 64) & 1 == 1;
+        let samples: Vec<usize> = (0..heads.samples).filter(is_alive).collect();
         let falling = |head| {
             let scores = heads.row(head).0;
-            let items: Vec<_> = samples
-                .iter()
-                .map(|&at| (scores[at as usize].key(), at))
-                .collect();
-            let flags = vec![0; items.len()];
-            let (mut items, _) = sort_pairs(items, flags, |item| item.0, run)?;
+            let keys = samples.iter().map(|&at| scores[at].key());
+            let items: Vec<_> = keys.zip(0..).collect();
+            let flags = vec![(); items.len()];
+            let (mut items, _) = sort_pairs(items, flags, |item: (S::Key, u32)| item.0, run)?;
             items.reverse();
             Ok(items)
         };
-        let falling = (0..heads.count).map(falling).collect::<Result<_>>()?;
+        let wrong = |&at: &usize| {
+            let is_wrong = |head: usize| u64::from(heads.row(head).1[at] == 0) << head;
+            (0..heads.count).map(is_wrong).sum()
+        };
         Ok(Self {
-            heads,
             allowance,
-            samples,
-            falling,
+            samples: samples.len(),
+            falling: (0..heads.count).map(falling).collect::<Result<_>>()?,
+            wrong: samples.iter().map(wrong).collect(),
         })
     }
 
     fn allows(&self, wrong: i64) -> bool {
-        wrong as f64 / self.samples.len().max(1) as f64 <= self.allowance.share
+        wrong as f64 / self.samples.max(1) as f64 <= self.allowance.share
     }
 
-    /// The first head from `head` on that takes a sample; the number of heads where none does.
-    fn exit(&self, keys: &Keys<S>, head: usize, sample: usize) -> usize {
-        let takes = |&head: &usize| {
-            keys[head].is_some_and(|key| self.heads.row(head).0[sample].key() >= key)
+    /// The bit of the whole model, which all samples reach.
+    fn model(&self) -> u64 {
+        1 << self.falling.len()
+    }
+
+    fn choice(&self, keys: &Keys<S>) -> Choice {
+        let mut choice = Choice {
+            ends: vec![0; keys.len()],
+            reached: vec![self.model(); self.samples],
         };
-        (head..self.heads.count)
-            .find(takes)
-            .unwrap_or(self.heads.count)
+        for (head, key) in keys.iter().enumerate() {
+            let end = key.map_or(0, |key| {
+                self.falling[head].partition_point(|&(other, _)| other >= key)
+            });
+            self.set(&mut choice, head, end);
+        }
+        choice
     }
 
-    fn is_wrong(&self, exit: usize, sample: usize) -> bool {
-        exit < self.heads.count && self.heads.row(exit).1[sample] == 0
+    fn keys(&self, ends: &[usize]) -> Keys<S> {
+        let key = |(&end, falling): (&usize, &Vec<(S::Key, u32)>)| {
+            end.checked_sub(1).map(|last| falling[last].0)
+        };
+        ends.iter().zip(&self.falling).map(key).collect()
+    }
+
+    /// Move a threshold.
+    fn set(&self, choice: &mut Choice, head: usize, end: usize) {
+        let before = std::mem::replace(&mut choice.ends[head], end);
+        for &(_, sample) in &self.falling[head][before.min(end)..before.max(end)] {
+            choice.reached[sample as usize] ^= 1 << head;
+        }
     }
 
     /// Samples by exit, and how many are wrong.
-    fn totals(&self, keys: &Keys<S>) -> (Vec<i64>, i64) {
-        let mut taken = vec![0; self.heads.count + 1];
-        let mut wrong = 0;
-        for &sample in &self.samples {
-            let exit = self.exit(keys, 0, sample as usize);
-            taken[exit] += 1;
-            wrong += i64::from(self.is_wrong(exit, sample as usize));
+    fn totals(&self, choice: &Choice, run: &Run) -> Result<(Vec<i64>, i64)> {
+        let pieces = choice.reached.chunks(PIECE).zip(self.wrong.chunks(PIECE));
+        let found = run.map(pieces.collect(), |(reached, wrong)| {
+            let (mut taken, mut sum) = (vec![0; self.falling.len() + 1], 0);
+            for (reached, wrong) in reached.iter().zip(wrong) {
+                let exit = reached.trailing_zeros();
+                taken[exit as usize] += 1;
+                sum += (wrong >> exit & 1) as i64;
+            }
+            (taken, sum)
+        })?;
+        let mut totals = (vec![0; self.falling.len() + 1], 0);
+        for (taken, wrong) in found {
+            for (sum, n) in totals.0.iter_mut().zip(taken) {
+                *sum += n;
+            }
+            totals.1 += wrong;
         }
-        (taken, wrong)
+        Ok(totals)
     }
 
     /// Let the heads take turns until none changes its threshold.
-    ///
-    /// `worth` values an exchange, given how many samples are wrong without the head; the lowest wins, and of equal
-    /// ones the highest threshold.
-    fn rounds(
-        &self,
-        mut keys: Keys<S>,
-        worth: impl Fn(&Exchange, i64) -> Option<f64>,
-        run: &Run,
-    ) -> Result<Keys<S>> {
-        for _ in 0..ROUNDS {
-            let before = keys.clone();
-            for head in 0..self.heads.count {
-                run.check()?;
-                keys[head] = None;
-                keys[head] = self.turn(head, &keys, &worth);
+    fn rounds(&self, mut choice: Choice, terms: Terms, run: &Run) -> Result<Choice> {
+        let heads = self.falling.len();
+        let mut settled = 0;
+        for turn in 0..ROUNDS * heads {
+            let head = turn % heads;
+            let end = self.turn(head, &choice, terms, run)?;
+            if end == choice.ends[head] {
+                settled += 1;
+            } else {
+                self.set(&mut choice, head, end);
+                settled = 1;
             }
-            if keys == before {
+            if settled == heads {
                 break;
             }
         }
-        Ok(keys)
+        Ok(choice)
     }
 
-    /// The best threshold of a head with the others as they are.
-    fn turn(
-        &self,
-        head: usize,
-        keys: &Keys<S>,
-        worth: impl Fn(&Exchange, i64) -> Option<f64>,
-    ) -> Option<S::Key> {
-        let mut next = vec![GONE; self.heads.samples];
-        let mut wrong = 0;
-        for &sample in &self.samples {
-            let at = sample as usize;
-            let first = self.exit(keys, 0, at);
-            wrong += i64::from(self.is_wrong(first, at));
-            if first > head {
-                let here = if self.is_wrong(head, at) {
-                    WRONG_HERE
-                } else {
-                    0
-                };
-                let there = if self.is_wrong(first, at) {
-                    WRONG_NEXT
-                } else {
-                    0
-                };
-                next[at] = first as u8 | here | there;
+    /// The best threshold of a head with the others as they are: the lowest value, of equal ones the highest.
+    fn turn(&self, head: usize, choice: &Choice, terms: Terms, run: &Run) -> Result<usize> {
+        let (states, wrong) = self.without(head, choice, run)?;
+        let costs = self.allowance.costs;
+        let value = |exchange: &Exchange| {
+            let value = exchange.cost(costs) + terms.price * exchange.wrong as f64;
+            (!terms.bounded || self.allows(wrong + exchange.wrong)).then_some(value)
+        };
+        let changes = std::array::from_fn(|state| {
+            let mut one = Exchange::none(head);
+            one.take(state as u8, 1);
+            (one.cost(costs) + terms.price * one.wrong as f64, one.wrong)
+        });
+        let falling = &self.falling[head];
+        let stretches = run.map(falling.chunks(STRETCH).collect(), |items| {
+            Stretch::of(items, &states, &changes)
+        })?;
+        // Where each begins, and the least that its values can be.
+        let mut exchange = Exchange::none(head);
+        let mut best = (value(&exchange).unwrap_or(f64::INFINITY), 0);
+        let mut open = Vec::new();
+        for (place, stretch) in stretches.iter().enumerate() {
+            if !terms.bounded || self.allows(wrong + exchange.wrong + stretch.fewest) {
+                let before = exchange.cost(costs) + terms.price * exchange.wrong as f64;
+                open.push((before + stretch.lowest, place, exchange.clone()));
+            }
+            for (state, &times) in stretch.states.iter().enumerate() {
+                exchange.take(state as u8, i64::from(times));
             }
         }
-        let mut exchange = Exchange {
-            head,
-            taken: 0,
-            lost: vec![0; self.heads.count + 1],
-            wrong: 0,
-        };
-        let mut best = (worth(&exchange, wrong).unwrap_or(f64::INFINITY), None);
-        for group in self.falling[head].chunk_by(|a, b| a.0 == b.0) {
-            for &(_, sample) in group {
-                let state = next[sample as usize];
-                if state != GONE {
-                    exchange.taken += 1;
-                    exchange.lost[usize::from(state & !(WRONG_HERE | WRONG_NEXT))] += 1;
-                    exchange.wrong +=
-                        i64::from(state & WRONG_HERE != 0) - i64::from(state & WRONG_NEXT != 0);
+        open.sort_by(|a, b| a.0.total_cmp(&b.0));
+        let most = costs.iter().copied().fold(0.0, f64::max) + terms.price;
+        let slack = ROUNDED * self.samples as f64 * most;
+        for (lowest, place, mut exchange) in open {
+            if lowest > best.0 + slack {
+                break;
+            }
+            let first = place * STRETCH;
+            for end in first + 1..=falling.len().min(first + STRETCH) {
+                let (key, sample) = falling[end - 1];
+                exchange.take(states[sample as usize], 1);
+                if falling.get(end).is_some_and(|next| next.0 == key) {
+                    continue;
+                }
+                let better = |&value: &f64| value < best.0 || value == best.0 && end < best.1;
+                if let Some(value) = value(&exchange).filter(better) {
+                    best = (value, end);
                 }
             }
-            if let Some(value) = worth(&exchange, wrong).filter(|&value| value < best.0) {
-                best = (value, Some(group[0].0));
-            }
         }
-        best.1
+        Ok(best.1)
+    }
+
+    /// The state of every sample if a head took none, and how many would be wrong.
+    fn without(&self, head: usize, choice: &Choice, run: &Run) -> Result<(Vec<u8>, i64)> {
+        let mut states = vec![0; self.samples];
+        let pieces = choice
+            .reached
+            .chunks(PIECE)
+            .zip(self.wrong.chunks(PIECE))
+            .zip(states.chunks_mut(PIECE))
+            .collect();
+        let wrong = run.map(pieces, |((reached, wrong), states): (_, &mut [u8])| {
+            let mut sum = 0;
+            for ((reached, wrong), state) in reached.iter().zip(wrong).zip(states) {
+                let next = (reached & !(1 << head)).trailing_zeros();
+                let (here, there) = ((wrong >> head & 1) as u8, (wrong >> next & 1) as u8);
+                sum += i64::from(there);
+                *state = if next as usize > head {
+                    next as u8 | (here * WRONG_HERE) | (there * WRONG_NEXT)
+                } else {
+                    GONE
+                };
+            }
+            sum
+        })?;
+        Ok((states, wrong.into_iter().sum()))
     }
 }

@@ -145,7 +145,7 @@ fn budgeted<S: Calibratable>(
     run: &Run,
 ) -> Result<Keys<S>> {
     let (start, _) = sequential(heads, alive, Target::new(eps), run)?;
-    cheapest(heads, alive, start, Allowance { costs, share }, run)
+    cheapest(heads, alive, &start, Allowance { costs, share }, run)
 }
 
 impl Cascade {
@@ -170,16 +170,19 @@ fn sequential<S: Calibratable>(
     run: &Run,
 ) -> Result<(Keys<S>, Vec<Counts>)> {
     let mut alive = alive.to_vec();
+    let mut left = count(&alive, run);
     let (mut keys, mut outcome) = (Vec::new(), Vec::new());
     for head in 0..heads.count {
         let (scores, correct) = heads.row(head);
         let given = Given { scores, correct };
-        let key = if count(&alive) == heads.samples {
+        let key = if left == heads.samples {
             S::lowest(given, &[target], Rule::Set, run)?[0]
         } else {
             S::lowest_left(given, &alive, target, run)?
         };
-        outcome.push(take_from(&mut alive, scores, correct, key, run)?);
+        let counts = take_from(&mut alive, scores, correct, key, run)?;
+        left -= counts.accepted;
+        outcome.push(counts);
         keys.push(key);
     }
     Ok((keys, outcome))
@@ -260,7 +263,7 @@ fn certified<S: Calibratable>(
         last = keys;
     }
     let outcome = outcome(heads, &certifying, &last, run)?;
-    Ok(Cascade::of::<S>(&last, &outcome, count(&certifying)))
+    Ok(Cascade::of::<S>(&last, &outcome, count(&certifying, run)))
 }
 
 struct Trial<'a, S> {
@@ -295,7 +298,11 @@ impl<S: Calibratable> Trial<'_, S> {
             let found = Ladder::count(left, self.run)?.lowest(|counts| counts.reach(target))?;
             if let (Some((key, counts)), false) = (found, *entered) {
                 *entered = match self.held_out.clusters {
-                    None => claim.holds(scaled(counts, count(proposing), count(certifying))),
+                    None => claim.holds(scaled(
+                        counts,
+                        count(proposing, self.run),
+                        count(certifying, self.run),
+                    )),
                     Some(clusters) => self.bet(head, key, &alive, clusters, claim),
                 };
             }
@@ -337,7 +344,7 @@ impl<S: Calibratable> Trial<'_, S> {
                 .iter()
                 .map(|counts| counts.accepted - counts.correct)
                 .sum();
-            let accepted = count(certifying);
+            let accepted = count(certifying, self.run);
             return Ok(claim.holds(Counts {
                 accepted,
                 correct: accepted - wrong,

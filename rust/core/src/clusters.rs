@@ -7,12 +7,14 @@
 use crate::binomial::SAFE;
 use crate::error::{Error, Result};
 use crate::guarantee::Claim;
-use crate::ladder::Bucketed;
+use crate::ladder::{Bucketed, Steps};
 use crate::run::Run;
 use crate::survivors::Survivors;
 
 /// The share of the highest stake that is ever put in, so that no group can take everything.
 const BOLDNESS: f64 = 0.9;
+/// Samples parted together.
+const PIECE: usize = 1 << 16;
 
 /// The group of every sample.
 #[derive(Debug, Clone, Copy)]
@@ -44,7 +46,7 @@ impl Clusters<'_> {
     pub(crate) fn require(&self, samples: usize) -> Result<()> {
         let fits = self.of.len() == samples
             && self.most > 0
-            && self.of.iter().all(|&group| (group as usize) < self.count);
+            && (self.of.iter().fold(0, |most, &group| most.max(group)) as usize) < self.count;
         if fits { Ok(()) } else { Err(Error::NotGroups) }
     }
 }
@@ -76,37 +78,106 @@ pub(crate) fn wealth_suffices(groups: &[Tally], claim: Claim, most: u32) -> bool
     false
 }
 
-/// Whether the bets suffice at each of these thresholds, ascending.
-pub(crate) fn bet_at_each<S: Bucketed>(
-    samples: &Survivors<S>,
-    thresholds: &[f64],
-    clusters: Clusters,
-    claim: Claim,
-    run: &Run,
-) -> Result<Vec<bool>> {
-    clusters.require(samples.scores.len())?;
-    // A threshold no score can reach comes last.
-    let edges: Vec<S::Key> = thresholds
-        .iter()
-        .map_while(|&edge| S::at_least(edge))
-        .collect();
-    let mut between: Vec<Vec<(u32, u8)>> = vec![Vec::new(); edges.len()];
-    for ((score, &flag), &group) in samples.scores.iter().zip(samples.correct).zip(clusters.of) {
-        if let Some(place) = edges
-            .partition_point(|&edge| edge <= score.key())
-            .checked_sub(1)
-        {
-            between[place].push((group, flag));
+/// Samples parted by the thresholds they lie between, to bet at one threshold after another.
+pub(crate) struct Bets<'a> {
+    clusters: Clusters<'a>,
+    parts: Vec<Part>,
+    tallies: Vec<Tally>,
+    /// The threshold at which the tallies stand, and where they start: one past the last that a score can reach.
+    place: usize,
+    end: usize,
+}
+
+/// The groups of some samples, by threshold and then by flag.
+struct Part {
+    groups: Vec<u32>,
+    starts: Vec<u32>,
+}
+
+impl<'a> Bets<'a> {
+    /// Samples known to be valid, for thresholds in ascending order.
+    pub fn place<S: Bucketed>(
+        samples: &Survivors<S>,
+        thresholds: &[f64],
+        clusters: Clusters<'a>,
+        run: &Run,
+    ) -> Result<Self> {
+        clusters.require(samples.scores.len())?;
+        let steps = Steps::<S>::at(thresholds);
+        let pieces = samples
+            .scores
+            .chunks(PIECE)
+            .zip(samples.correct.chunks(PIECE))
+            .zip(clusters.of.chunks(PIECE))
+            .collect();
+        let isa = run.instruction_set();
+        let parts = run.map(pieces, |((scores, correct), groups)| {
+            Part::of(
+                &steps.cells(scores, correct, isa),
+                2 * (steps.count() + 1),
+                groups,
+            )
+        })?;
+        Ok(Self {
+            clusters,
+            parts,
+            tallies: vec![Tally::default(); clusters.count],
+            place: steps.count(),
+            end: steps.count(),
+        })
+    }
+
+    /// Whether bets on what a threshold accepts refute a risk above alpha.
+    pub fn suffice(&mut self, place: usize, claim: Claim) -> bool {
+        while self.place > place {
+            self.place -= 1;
+            self.tally(1);
+        }
+        while self.place < place.min(self.end) {
+            self.tally(-1);
+            self.place += 1;
+        }
+        wealth_suffices(&self.tallies, claim, self.clusters.most)
+    }
+
+    /// Count the samples from the present threshold up to the next so many times.
+    fn tally(&mut self, times: i32) {
+        for part in &self.parts {
+            for wrong in [true, false] {
+                // Below the first threshold is a place of its own.
+                let cell = 2 * (self.place + 1) + usize::from(!wrong);
+                let stretch = part.starts[cell] as usize..part.starts[cell + 1] as usize;
+                for &group in &part.groups[stretch] {
+                    let tally = &mut self.tallies[group as usize];
+                    tally.accepted = tally.accepted.wrapping_add_signed(times);
+                    if wrong {
+                        tally.wrong = tally.wrong.wrapping_add_signed(times);
+                    }
+                }
+            }
         }
     }
-    let mut tallies = vec![Tally::default(); clusters.count];
-    let mut passes = vec![false; thresholds.len()];
-    for (place, tokens) in between.into_iter().enumerate().rev() {
-        run.check()?;
-        for (group, flag) in tokens {
-            tallies[group as usize].add(flag);
+}
+
+impl Part {
+    fn of(cells: &[u32], count: usize, groups: &[u32]) -> Self {
+        let mut starts = vec![0; count + 1];
+        for &cell in cells {
+            starts[cell as usize + 1] += 1;
         }
-        passes[place] = wealth_suffices(&tallies, claim, clusters.most);
+        for cell in 1..=count {
+            starts[cell] += starts[cell - 1];
+        }
+        let mut next = starts.clone();
+        let mut parted = vec![0; groups.len()];
+        for (&cell, &group) in cells.iter().zip(groups) {
+            let slot = &mut next[cell as usize];
+            parted[*slot as usize] = group;
+            *slot += 1;
+        }
+        Self {
+            groups: parted,
+            starts,
+        }
     }
-    Ok(passes)
 }

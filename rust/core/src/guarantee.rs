@@ -4,7 +4,7 @@
 //! see `docs/guarantees.md`.
 
 use crate::binomial::{evidence_suffices, p_value_within, upper_bound};
-use crate::clusters::{Clusters, bet_at_each};
+use crate::clusters::{Bets, Clusters};
 use crate::error::{Error, Result};
 use crate::ladder::{Bucketed, Ladder, best_of, of_rank};
 use crate::order::Key;
@@ -130,7 +130,7 @@ pub fn certify<S: Bucketed>(
             require_unit(&ladder, unit)?;
             let counts = ladder.at(grid)?;
             let claim = claim.shared(starts.len());
-            let place = walk(starts, |place| claim.holds(counts[place]));
+            let place = walk(starts, |place| Ok(claim.holds(counts[place])))?;
             place.map(|place| (grid[place], counts[place], eps))
         }
         Certification::Betting(
@@ -144,8 +144,11 @@ pub fn certify<S: Bucketed>(
             require_unit(&ladder, unit)?;
             let counts = ladder.at(grid)?;
             let claim = claim.shared(starts.len());
-            let passes = bet_at_each(&samples, grid, clusters, claim, run)?;
-            let place = walk(starts, |place| passes[place]);
+            let mut bets = Bets::place(&samples, grid, clusters, run)?;
+            let place = walk(starts, |place| {
+                run.check()?;
+                Ok(bets.suffice(place, claim))
+            })?;
             place.map(|place| (grid[place], counts[place], eps))
         }
         Certification::Bonferroni(ranks) => bonferroni(&ladder, ranks, claim)?,
@@ -186,22 +189,28 @@ fn require_unit<S: Bucketed>(ladder: &Ladder<S>, unit: bool) -> Result<()> {
 }
 
 /// The lowest place that a walk down from one of the starts reaches before its first failure.
-pub(crate) fn walk(starts: &[usize], mut passes: impl FnMut(usize) -> bool) -> Option<usize> {
-    // From a start below on, a walk repeats that start's: only the lowest of a stretch that passes matters.
-    let lowest = |&start: &usize| (0..=start).rev().take_while(|&place| passes(place)).last();
-    starts.iter().filter_map(lowest).min()
+fn walk(starts: &[usize], mut passes: impl FnMut(usize) -> Result<bool>) -> Result<Option<usize>> {
+    let mut starts = starts.to_vec();
+    starts.sort_unstable();
+    for start in starts {
+        // A walk from above that gets here goes on as this one, one that does not stops higher.
+        if passes(start)? {
+            let mut lowest = start;
+            while lowest > 0 && passes(lowest - 1)? {
+                lowest -= 1;
+            }
+            return Ok(Some(lowest));
+        }
+    }
+    Ok(None)
 }
 
 /// At ranks fixed beforehand, accept what scores higher than the rank after; every rank at its share of delta.
 fn bonferroni<S: Bucketed>(ladder: &Ladder<S>, ranks: &[usize], claim: Claim) -> Result<Found> {
     let claim = claim.shared(ranks.len());
     let beyond: Vec<usize> = ranks.iter().map(|rank| rank + 1).collect();
-    let boundaries = ladder.above_ranks(&beyond)?;
-    let found = boundaries
-        .iter()
-        .rev()
-        .find(|&&(_, counts)| claim.holds(counts));
-    Ok(found.map(|&(key, counts)| {
+    let found = ladder.lowest_above(&beyond, |counts| claim.holds(counts))?;
+    Ok(found.map(|(key, counts)| {
         // What scores strictly above a boundary is what the next key up accepts.
         let next = S::from_key(S::Key::from_index(key.index() + 1));
         (next.value() + 0.0, counts, bound(counts, claim.delta))

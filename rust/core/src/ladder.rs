@@ -5,9 +5,11 @@
 
 use crate::curve::Ascending;
 use crate::error::Result;
+use crate::isa::InstructionSet;
 use crate::order::{Key, Score};
 use crate::run::Run;
 use crate::samples::Given;
+use crate::scan::{Pass, Simd, pass};
 use crate::sort::sort_pairs;
 use crate::survivors::Survivors;
 use crate::tally::Counts;
@@ -265,8 +267,15 @@ impl<'a, S: Bucketed> Ladder<'a, S> {
         }
     }
 
-    /// The keys of the samples of these ranks, and what scores higher.
-    pub fn above_ranks(&self, ranks: &[usize]) -> Result<Vec<Group<S::Key>>> {
+    /// The lowest of the keys of the samples of these ranks, ascending, such that what scores higher passes; with the
+    /// counts of that.
+    ///
+    /// Of `passes` the same is asked as by [`lowest`](Self::lowest).
+    pub fn lowest_above(
+        &self,
+        ranks: &[usize],
+        passes: impl Fn(Counts) -> bool,
+    ) -> Result<Option<Group<S::Key>>> {
         let place = |groups: &[Group<S::Key>], rank| {
             groups.partition_point(|&(_, counts)| counts.accepted >= rank) - 1
         };
@@ -277,25 +286,47 @@ impl<'a, S: Bucketed> Ladder<'a, S> {
                     let above = groups.get(at + 1).map(|&(_, counts)| counts);
                     (groups[at].0, above.unwrap_or_default())
                 };
-                return Ok(ranks.iter().map(above).collect());
+                let mut boundaries = ranks.iter().rev().map(above);
+                return Ok(boundaries.find(|&(_, counts)| passes(counts)));
             }
             Rungs::Coarse(from) => from,
         };
-        let rung = |&rank: &usize| from.partition_point(|counts| counts.accepted >= rank) - 1;
-        let mut wanted: Vec<usize> = ranks.iter().rev().map(rung).collect();
-        wanted.dedup();
-        let groups = self.expand(&wanted)?;
-        let above = |&rank: &usize| {
-            let at = place(&groups, rank);
-            let bucket = self::bucket(S::from_key(groups[at].0)) as usize;
-            // The group after may lie in a bucket further up.
-            let next = groups
-                .get(at + 1)
-                .filter(|(key, _)| self::bucket(S::from_key(*key)) as usize == bucket);
-            let above = next.map_or(from[bucket + 1], |&(_, counts)| counts);
-            (groups[at].0, above)
+        let rung = |rank: usize| from.partition_point(|counts| counts.accepted >= rank) - 1;
+        // At best all correct samples of the bucket lie above.
+        let might_pass = |&rank: &usize| {
+            let (low, high) = (from[rung(rank)], from[rung(rank) + 1]);
+            let right = (low - high).correct;
+            passes(Counts {
+                accepted: high.accepted + right,
+                correct: high.correct + right,
+            })
         };
-        Ok(ranks.iter().map(above).collect())
+        let mut open = ranks.iter().rev().copied().filter(might_pass);
+        // The first passes more often than not; each further look at the data takes in twice as many.
+        for look in 0.. {
+            let some: Vec<usize> = open.by_ref().take(1 << look).collect();
+            if some.is_empty() {
+                break;
+            }
+            let mut wanted: Vec<usize> = some.iter().map(|&rank| rung(rank)).collect();
+            wanted.dedup();
+            let groups = self.expand(&wanted)?;
+            let above = |rank| {
+                let at = place(&groups, rank);
+                let bucket = self::bucket(S::from_key(groups[at].0)) as usize;
+                // The group after may lie in a bucket further up.
+                let next = groups
+                    .get(at + 1)
+                    .filter(|(key, _)| self::bucket(S::from_key(*key)) as usize == bucket);
+                let above = next.map_or(from[bucket + 1], |&(_, counts)| counts);
+                (groups[at].0, above)
+            };
+            let mut boundaries = some.into_iter().map(above);
+            if let Some(found) = boundaries.find(|&(_, counts)| passes(counts)) {
+                return Ok(Some(found));
+            }
+        }
+        Ok(None)
     }
 
     /// The groups of the buckets that hold a stretch of ranks; None where they are too many to gather.
@@ -366,29 +397,15 @@ impl<'a, S: Bucketed> Ladder<'a, S> {
         let mut is_wanted = vec![false; BUCKETS];
         wanted.iter().for_each(|&bucket| is_wanted[bucket] = true);
         let (low, high) = (wanted[0] as u32, wanted[wanted.len() - 1] as u32);
-        let found = self.run.map(self.samples.pieces(PIECE / 16), |piece| {
-            let (mut keys, mut flags) = (Vec::new(), Vec::new());
-            let mut buckets = [0u32; TOGETHER];
-            piece.words(|alive, scores, correct| {
-                if alive == 0 {
-                    return;
-                }
-                let mut any = false;
-                for (bucket, score) in buckets.iter_mut().zip(scores) {
-                    *bucket = self::bucket(*score);
-                    any |= (low..=high).contains(bucket);
-                }
-                if !any {
-                    return;
-                }
-                for (at, (score, flag)) in scores.iter().zip(correct).enumerate() {
-                    if is_wanted[buckets[at] as usize] && alive >> at & 1 == 1 {
-                        keys.push(score.key());
-                        flags.push(*flag);
-                    }
-                }
-            });
-            (keys, flags)
+        let isa = self.run.instruction_set();
+        let found = self.run.map(self.samples.pieces(PIECE / 16), |samples| {
+            let gather = Gather {
+                samples,
+                is_wanted: &is_wanted,
+                low,
+                high,
+            };
+            pass(isa, gather)
         })?;
         let (mut keys, mut flags) = (Vec::new(), Vec::new());
         for (more_keys, more_flags) in found {
@@ -455,45 +472,17 @@ fn fine<S: Bucketed>(samples: &Survivors<S>, run: &Run) -> Result<Vec<Group<S::K
 /// The counts from each bucket up.
 fn coarse<S: Bucketed>(samples: &Survivors<S>, run: &Run) -> Result<Vec<Counts>> {
     let size = (samples.scores.len() / (4 * run.threads())).clamp(PIECE / 16, PIECE);
-    // Both counts in one word, so that a sample costs one addition; 2^32 samples of one bucket would be too many.
-    let tables = run.fold(
-        samples.pieces(size),
-        || (vec![Counts::default(); BUCKETS + 1], true),
-        |(table, valid), piece| {
-            let mut small = vec![0u64; BUCKETS];
-            let mut buckets = [0u32; TOGETHER];
-            let mut offence = false;
-            piece.words(|alive, scores, correct| {
-                for ((bucket, score), flag) in buckets.iter_mut().zip(scores).zip(correct) {
-                    *bucket = self::bucket(*score);
-                    offence |= !score.is_finite() | (*flag > 1);
-                }
-                if alive == u64::MAX {
-                    for (&bucket, &flag) in buckets.iter().zip(correct) {
-                        small[bucket as usize] += 1 + (u64::from(flag) << 32);
-                    }
-                } else {
-                    let mut rest = alive;
-                    while rest != 0 {
-                        let at = rest.trailing_zeros() as usize;
-                        rest &= rest - 1;
-                        small[buckets[at] as usize] += 1 + (u64::from(correct[at]) << 32);
-                    }
-                }
-            });
-            *valid &= !offence;
-            for (counts, sum) in table.iter_mut().zip(small) {
-                let (accepted, correct) = (sum as u32 as usize, (sum >> 32) as usize);
-                *counts += Counts { accepted, correct };
-            }
-        },
-    )?;
-    if tables.iter().any(|(_, valid)| !valid) {
+    let isa = run.instruction_set();
+    let tables = run.fold(samples.pieces(size), Table::new, |table, samples| {
+        pass(isa, Count { samples, table });
+    })?;
+    if tables.iter().any(|table| !table.valid) {
         require_valid(samples.scores, samples.correct, None, run)?;
     }
     let mut from = vec![Counts::default(); BUCKETS + 1];
-    for (table, _) in tables {
-        for (counts, more) in from.iter_mut().zip(table) {
+    for mut table in tables {
+        table.empty();
+        for (counts, more) in from.iter_mut().zip(table.sums) {
             *counts += more;
         }
     }
@@ -503,6 +492,199 @@ fn coarse<S: Bucketed>(samples: &Survivors<S>, run: &Run) -> Result<Vec<Counts>>
         *counts = sum;
     }
     Ok(from)
+}
+
+/// The samples of each bucket, as one thread counts them.
+struct Table {
+    /// Both counts in one word, so that a sample costs one addition; 2^32 samples of one bucket would be too many.
+    words: Vec<u64>,
+    held: usize,
+    /// What was counted before.
+    sums: Vec<Counts>,
+    valid: bool,
+}
+
+impl Table {
+    fn new() -> Self {
+        Self {
+            words: vec![0; BUCKETS],
+            held: 0,
+            sums: vec![Counts::default(); BUCKETS],
+            valid: true,
+        }
+    }
+
+    fn empty(&mut self) {
+        for (counts, word) in self.sums.iter_mut().zip(&mut self.words) {
+            let (accepted, correct) = (*word as u32 as usize, (*word >> 32) as usize);
+            *counts += Counts { accepted, correct };
+            *word = 0;
+        }
+        self.held = 0;
+    }
+}
+
+/// Count the samples of each bucket.
+struct Count<'a, S> {
+    samples: Survivors<'a, S>,
+    table: &'a mut Table,
+}
+
+impl<S: Bucketed> Pass<i32> for Count<'_, S> {
+    type Found = ();
+
+    #[inline(always)]
+    fn run(self, _: impl Simd<i32>) {
+        let Self { samples, table } = self;
+        if table.held + samples.scores.len() > u32::MAX as usize {
+            table.empty();
+        }
+        table.held += samples.scores.len();
+        let mut buckets = [0u32; TOGETHER];
+        let mut offence = false;
+        samples.words(|alive, scores, correct| {
+            for ((bucket, score), flag) in buckets.iter_mut().zip(scores).zip(correct) {
+                *bucket = self::bucket(*score);
+                offence |= !score.is_finite() | (*flag > 1);
+            }
+            if alive == u64::MAX {
+                for (&bucket, &flag) in buckets.iter().zip(correct) {
+                    table.words[bucket as usize] += 1 + (u64::from(flag) << 32);
+                }
+            } else {
+                let mut rest = alive;
+                while rest != 0 {
+                    let at = rest.trailing_zeros() as usize;
+                    rest &= rest - 1;
+                    table.words[buckets[at] as usize] += 1 + (u64::from(correct[at]) << 32);
+                }
+            }
+        });
+        table.valid &= !offence;
+    }
+}
+
+/// Collect the samples of some buckets, between the lowest and the highest of them.
+struct Gather<'a, S> {
+    samples: Survivors<'a, S>,
+    is_wanted: &'a [bool],
+    low: u32,
+    high: u32,
+}
+
+impl<S: Bucketed> Pass<i32> for Gather<'_, S> {
+    type Found = (Vec<S::Key>, Vec<u8>);
+
+    #[inline(always)]
+    fn run(self, _: impl Simd<i32>) -> Self::Found {
+        let (mut keys, mut flags) = (Vec::new(), Vec::new());
+        let mut buckets = [0u32; TOGETHER];
+        self.samples.words(|alive, scores, correct| {
+            if alive == 0 {
+                return;
+            }
+            let mut any = false;
+            for (bucket, score) in buckets.iter_mut().zip(scores) {
+                *bucket = self::bucket(*score);
+                any |= (self.low..=self.high).contains(bucket);
+            }
+            if !any {
+                return;
+            }
+            for (at, (score, flag)) in scores.iter().zip(correct).enumerate() {
+                if self.is_wanted[buckets[at] as usize] && alive >> at & 1 == 1 {
+                    keys.push(score.key());
+                    flags.push(*flag);
+                }
+            }
+        });
+        (keys, flags)
+    }
+}
+
+/// Thresholds by bucket, so that the place of a score among them is found at once.
+pub(crate) struct Steps<S: Score> {
+    /// The lowest keys that reach them, ascending; none of those that no score can reach.
+    edges: Vec<S::Key>,
+    /// For each bucket, how many of them all its scores reach, and how many some may.
+    reached: Vec<(u32, u32)>,
+}
+
+impl<S: Bucketed> Steps<S> {
+    /// From thresholds in ascending order.
+    pub fn at(thresholds: &[f64]) -> Self {
+        let edges: Vec<S::Key> = thresholds
+            .iter()
+            .map_while(|&edge| S::at_least(edge))
+            .collect();
+        let mut added = vec![(0, 0); BUCKETS];
+        for &edge in &edges {
+            let (all, some) = &mut added[bucket(S::from_key(edge)) as usize];
+            *some += 1;
+            *all += u32::from(is_low_end::<S>(edge));
+        }
+        let mut below = 0;
+        let reached = added.into_iter().map(|(all, some)| {
+            let first = below;
+            below += some;
+            (first + all, first + some)
+        });
+        Self {
+            reached: reached.collect(),
+            edges,
+        }
+    }
+
+    /// How many there are that a score can reach.
+    pub fn count(&self) -> usize {
+        self.edges.len()
+    }
+
+    /// How many a score reaches, for each sample; twice that, and one more where it is correct.
+    pub fn cells(&self, scores: &[S], correct: &[u8], isa: InstructionSet) -> Vec<u32> {
+        let place = Place {
+            scores,
+            correct,
+            steps: self,
+        };
+        pass(isa, place)
+    }
+}
+
+/// Place samples among thresholds.
+struct Place<'a, S: Score> {
+    scores: &'a [S],
+    correct: &'a [u8],
+    steps: &'a Steps<S>,
+}
+
+impl<S: Bucketed> Pass<i32> for Place<'_, S> {
+    type Found = Vec<u32>;
+
+    #[inline(always)]
+    fn run(self, _: impl Simd<i32>) -> Vec<u32> {
+        let Steps { edges, reached } = self.steps;
+        let mut cells = Vec::with_capacity(self.scores.len());
+        let mut buckets = [0u32; TOGETHER];
+        Survivors::all(self.scores, self.correct).words(|_, scores, correct| {
+            for (bucket, score) in buckets.iter_mut().zip(scores) {
+                *bucket = self::bucket(*score);
+            }
+            let samples = scores.iter().zip(correct);
+            cells.extend(
+                buckets
+                    .iter()
+                    .zip(samples)
+                    .map(|(&bucket, (score, &flag))| {
+                        let (all, some) = reached[bucket as usize];
+                        let inside = &edges[all as usize..some as usize];
+                        let above = inside.partition_point(|&edge| edge <= score.key());
+                        2 * (all + above as u32) + u32::from(flag)
+                    }),
+            );
+        });
+        cells
+    }
 }
 
 #[cfg(test)]

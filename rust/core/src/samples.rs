@@ -7,6 +7,7 @@ use crate::scan::{Parts, Vectors};
 use crate::tally::Counts;
 use crate::validate::require_valid;
 use std::fmt::Debug;
+use std::ops::Range;
 
 /// How many samples are looked at together; their keys and weights stay in the first-level cache.
 pub(crate) const BLOCK: usize = 1024;
@@ -161,13 +162,23 @@ pub(crate) trait Pairs: Sync {
 
     fn len(&self) -> usize;
     fn get(&self, index: usize) -> (Self::Key, u8);
+
+    /// Append those from one index up to another.
+    fn append(&self, indices: Range<usize>, list: &mut Vec<(Self::Key, u8)>) {
+        list.extend(indices.map(|index| self.get(index)));
+    }
 }
 
 /// Pairs that can be searched.
 pub(crate) trait Samples: Pairs<Key = <Self::Lane as Lane>::Key> {
     type Lane: Lane;
 
-    /// Fill the block with the samples from `start` on.
+    /// How many places there are to load from; some may be empty.
+    fn places(&self) -> usize {
+        self.len()
+    }
+
+    /// Fill the block with the samples from place `start` on, a multiple of [`BLOCK`].
     fn load(&self, start: usize, block: &mut Block<Self::Lane>) -> Loaded<Self::Lane>;
     /// The error that describes what [`load`](Self::load) found.
     fn validate(&self, run: &Run) -> Result<()>;

@@ -53,7 +53,7 @@ pub(crate) fn survey<X: Samples>(
 ) -> Result<Survey<X::Lane>> {
     let gathered = AtomicUsize::new(0);
     let isa = run.instruction_set();
-    let parts = run.map(pieces(samples.len(), run), |part| {
+    let parts = run.map(pieces(samples.places(), run), |part| {
         let scan = Scan {
             samples,
             part,

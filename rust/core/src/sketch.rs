@@ -51,7 +51,7 @@ impl<L: Lane> Sketch<L> {
             // Even spacing would see only one phase of periodic data.
             let start = start + noise.below(stride - NEIGHBOURS + 1);
             let end = samples.len().min(start + NEIGHBOURS);
-            drawn.extend((start..end).map(|index| samples.get(index)));
+            samples.append(start..end, &mut drawn);
         }
         let scale = samples.len() as f64 / drawn.len().max(1) as f64;
         let drawn = Drawn(drawn);

@@ -4,8 +4,10 @@ use crate::error::Result;
 use crate::order::Score;
 use crate::run::Run;
 use crate::samples::{BLOCK, Block, Lane, Loaded, Pairs, Samples};
+use crate::scan::{Pass, Simd, pass};
 use crate::tally::Counts;
 use crate::validate::require_valid;
+use std::ops::{Add, Range};
 
 /// Samples in one word of the mask.
 const WORD: usize = 64;
@@ -108,18 +110,12 @@ pub(crate) struct Left<'a, S> {
 }
 
 impl<'a, S: Score> Left<'a, S> {
-    pub fn of(scores: &'a [S], correct: &'a [u8], alive: &'a [u64]) -> Self {
-        let mut before = vec![0];
-        let mut sum = 0;
-        for words in alive.chunks(MARK) {
-            sum += count(words);
-            before.push(sum);
-        }
+    pub fn of(scores: &'a [S], correct: &'a [u8], alive: &'a [u64], run: &Run) -> Self {
         Self {
             scores,
             correct,
             alive,
-            before,
+            before: pass(run.instruction_set(), Before(alive)),
         }
     }
 
@@ -137,40 +133,6 @@ impl<'a, S: Score> Left<'a, S> {
         }
         (self.alive.len(), 0)
     }
-
-    /// Visit the samples from `start` on, at most `most`: with their number from `start`, 64 together where they stand so.
-    #[inline(always)]
-    fn visit(&self, start: usize, most: usize, mut visit: impl FnMut(usize, &[S], &[u8])) -> usize {
-        let (first, bit) = self.locate(start);
-        let mut done = 0;
-        for (place, &word) in self.alive.iter().enumerate().skip(first) {
-            let mut rest = if place == first {
-                word >> bit << bit
-            } else {
-                word
-            };
-            let base = place * WORD;
-            if rest == u64::MAX && done + WORD <= most {
-                visit(
-                    done,
-                    &self.scores[base..base + WORD],
-                    &self.correct[base..base + WORD],
-                );
-                done += WORD;
-                rest = 0;
-            }
-            while rest != 0 && done < most {
-                let at = base + rest.trailing_zeros() as usize;
-                rest &= rest - 1;
-                visit(done, &self.scores[at..=at], &self.correct[at..=at]);
-                done += 1;
-            }
-            if done == most {
-                break;
-            }
-        }
-        done
-    }
 }
 
 impl<S: Score> Pairs for Left<'_, S> {
@@ -185,34 +147,123 @@ impl<S: Score> Pairs for Left<'_, S> {
         let at = word * WORD + bit as usize;
         (self.scores[at].key(), self.correct[at])
     }
+
+    fn append(&self, indices: Range<usize>, list: &mut Vec<(S::Key, u8)>) {
+        let (first, bit) = self.locate(indices.start);
+        let mut wanted = indices.len();
+        for (place, &word) in self.alive.iter().enumerate().skip(first) {
+            let mut rest = if place == first {
+                word >> bit << bit
+            } else {
+                word
+            };
+            while rest != 0 && wanted > 0 {
+                let at = place * WORD + rest.trailing_zeros() as usize;
+                list.push((self.scores[at].key(), self.correct[at]));
+                rest &= rest - 1;
+                wanted -= 1;
+            }
+            if wanted == 0 {
+                return;
+            }
+        }
+    }
 }
+
+/// What a block holds.
+struct Seen<L> {
+    loaded: Loaded<L>,
+    /// Of all keys, also of those that are out.
+    least: L,
+    most: L,
+    flags: u8,
+}
+
+impl<L: Lane> Seen<L> {
+    /// Load up to [`HALF`] samples, of which those are left whose bit is set.
+    #[inline(always)]
+    fn load<S: Score<Key = L::Key>>(
+        &mut self,
+        (keys, weights): (&mut [L], &mut [L]),
+        (scores, correct): (&[S], &[u8]),
+        bits: u32,
+    ) {
+        let places = keys.iter_mut().zip(weights);
+        let samples = scores.iter().zip(correct);
+        for (((key, weight), (score, &flag)), bit) in places.zip(samples).zip(BITS) {
+            let is_left = bits & bit != 0;
+            let own = L::of(score.key());
+            self.least = self.least.min(own);
+            self.most = self.most.max(own);
+            self.flags |= flag;
+            *key = if is_left { own } else { L::MIN };
+            *weight = if is_left { L::weight(flag) } else { L::ZERO };
+            let highest = if is_left { own } else { L::MAX };
+            self.loaded.lowest = self.loaded.lowest.min(highest);
+            self.loaded.weight = self.loaded.weight.add(*weight);
+        }
+    }
+}
+
+/// The samples of which one half of a word tells whether they are left.
+const HALF: usize = 32;
+const BITS: [u32; HALF] = {
+    let mut bits = [1; HALF];
+    let mut place = 1;
+    while place < HALF {
+        bits[place] = bits[place - 1] << 1;
+        place += 1;
+    }
+    bits
+};
 
 macro_rules! left {
     ($score:ty, $lane:ty) => {
         impl Samples for Left<'_, $score> {
             type Lane = $lane;
 
+            /// Samples that are out leave their place empty: to look at them costs less than to move the others
+            /// together.
+            fn places(&self) -> usize {
+                self.scores.len()
+            }
+
             #[inline(always)]
             fn load(&self, start: usize, block: &mut Block<$lane>) -> Loaded<$lane> {
-                let Block { keys, weights } = block;
-                let (mut finite, mut flags) = (true, 0);
-                let count = self.visit(start, BLOCK, |place, scores, correct| {
-                    for (key, score) in keys[place..].iter_mut().zip(scores) {
-                        *key = <$lane>::of(score.key());
-                        finite &= score.is_finite();
-                    }
-                    for (weight, &flag) in weights[place..].iter_mut().zip(correct) {
-                        *weight = <$lane>::weight(flag);
-                        flags |= flag;
-                    }
-                });
-                keys[count..].fill(<$lane>::MIN);
-                weights[count..].fill(0);
-                Loaded {
-                    weight: weights.iter().fold(0, |sum, &more| <$lane>::add(sum, more)),
-                    lowest: keys[..count].iter().copied().min().unwrap_or(<$lane>::MAX),
-                    valid: finite && flags <= 1,
+                let end = self.scores.len().min(start + BLOCK);
+                let mut seen = Seen {
+                    loaded: Loaded {
+                        weight: 0,
+                        lowest: <$lane>::MAX,
+                        valid: true,
+                    },
+                    least: <$lane>::MAX,
+                    most: <$lane>::MIN,
+                    flags: 0,
+                };
+                let bits = |half: usize| {
+                    let word = self.alive[start / WORD + half / 2];
+                    (word >> (half % 2 * HALF)) as u32
+                };
+                let (keys, _) = block.keys.as_chunks_mut::<HALF>();
+                let (weights, _) = block.weights.as_chunks_mut::<HALF>();
+                let (scores, more_scores) = self.scores[start..end].as_chunks::<HALF>();
+                let (correct, more_correct) = self.correct[start..end].as_chunks::<HALF>();
+                let places = keys.iter_mut().zip(weights.iter_mut());
+                for (half, (place, samples)) in places.zip(scores.iter().zip(correct)).enumerate() {
+                    seen.load((place.0, place.1), (samples.0, samples.1), bits(half));
                 }
+                if !more_scores.is_empty() {
+                    let half = scores.len();
+                    let place = (&mut keys[half][..], &mut weights[half][..]);
+                    seen.load(place, (more_scores, more_correct), bits(half));
+                }
+                block.keys[end - start..].fill(<$lane>::MIN);
+                block.weights[end - start..].fill(0);
+                let highest = <$lane>::HIGHEST;
+                seen.loaded.valid =
+                    seen.most <= highest && seen.least >= !highest && seen.flags <= 1;
+                seen.loaded
             }
 
             fn validate(&self, run: &Run) -> Result<()> {
@@ -226,12 +277,32 @@ left!(f32, i32);
 left!(f64, i64);
 
 /// How many samples are left.
-pub(crate) fn count(alive: &[u64]) -> usize {
-    alive.iter().map(|word| word.count_ones() as usize).sum()
+pub(crate) fn count(alive: &[u64], run: &Run) -> usize {
+    let before = pass(run.instruction_set(), Before(alive));
+    before[before.len() - 1]
 }
 
-/// Take out the samples from a key up, none without one, and count them; refuses invalid ones, also among those that
-/// were out before.
+/// Count those that are left before each mark, and all.
+struct Before<'a>(&'a [u64]);
+
+impl Pass<i32> for Before<'_> {
+    type Found = Vec<usize>;
+
+    #[inline(always)]
+    fn run(self, _: impl Simd<i32>) -> Vec<usize> {
+        let mut before = vec![0];
+        let mut sum = 0;
+        for words in self.0.chunks(MARK) {
+            for word in words {
+                sum += word.count_ones() as usize;
+            }
+            before.push(sum);
+        }
+        before
+    }
+}
+
+/// Take out the valid samples from a key up, none without one, and count them.
 pub(crate) fn take_from<S: Score>(
     alive: &mut [u64],
     scores: &[S],
@@ -239,23 +310,51 @@ pub(crate) fn take_from<S: Score>(
     key: Option<S::Key>,
     run: &Run,
 ) -> Result<Counts> {
+    let Some(key) = key else {
+        return Ok(Counts::default());
+    };
     let size = (alive.len() / 16).clamp(1, 1 << 12);
     let tasks = alive
         .chunks_mut(size)
         .zip(scores.chunks(size * WORD))
         .zip(correct.chunks(size * WORD))
         .collect();
-    let take = |((words, scores), correct): ((&mut [u64], &[S]), &[u8])| {
-        let (mut counts, mut valid) = (Counts::default(), true);
-        let samples = scores.chunks(WORD).zip(correct.chunks(WORD));
-        for (word, (scores, correct)) in words.iter_mut().zip(samples) {
+    let isa = run.instruction_set();
+    let found = run.map(tasks, |((alive, scores), correct)| {
+        let take = Take {
+            alive,
+            scores,
+            correct,
+            key,
+        };
+        pass(isa, take)
+    })?;
+    Ok(found.into_iter().fold(Counts::default(), Counts::add))
+}
+
+struct Take<'a, S: Score> {
+    alive: &'a mut [u64],
+    scores: &'a [S],
+    correct: &'a [u8],
+    key: S::Key,
+}
+
+impl<S: Score> Pass<i32> for Take<'_, S> {
+    type Found = Counts;
+
+    #[inline(always)]
+    fn run(self, _: impl Simd<i32>) -> Counts {
+        let mut counts = Counts::default();
+        let samples = self.scores.chunks(WORD).zip(self.correct.chunks(WORD));
+        for (word, (scores, correct)) in self.alive.iter_mut().zip(samples) {
+            if *word == 0 {
+                continue;
+            }
             let (mut reached, mut right) = ([0u8; WORD], [0u8; WORD]);
             for (reached, score) in reached.iter_mut().zip(scores) {
-                *reached = u8::from(key.is_some_and(|key| score.key() >= key));
-                valid &= score.is_finite();
+                *reached = u8::from(score.key() >= self.key);
             }
             right[..correct.len()].copy_from_slice(correct);
-            valid &= right.iter().fold(0, |all, &flag| all | flag) <= 1;
             let taken = *word & bits(&reached);
             counts += Counts {
                 accepted: taken.count_ones() as usize,
@@ -263,19 +362,12 @@ pub(crate) fn take_from<S: Score>(
             };
             *word &= !taken;
         }
-        (counts, valid)
-    };
-    let mut sum = Counts::default();
-    for (counts, valid) in run.map(tasks, take)? {
-        if !valid {
-            require_valid(scores, correct, None, run)?;
-        }
-        sum += counts;
+        counts
     }
-    Ok(sum)
 }
 
 /// The lowest bit of each byte.
+#[inline(always)]
 fn bits(bytes: &[u8; WORD]) -> u64 {
     let mut found = 0;
     for (place, eight) in bytes.as_chunks::<8>().0.iter().enumerate() {
@@ -313,32 +405,59 @@ mod tests {
                 *word &= if place % 5 == 1 { u64::MAX } else { pattern };
             }
             alive[words - 2] = 0;
-            let left = Left::of(&scores, &correct, &alive);
+            let left = Left::of(&scores, &correct, &alive, &Run::on(1));
             let expected: Vec<_> = (0..scores.len())
                 .filter(|at| alive[at / WORD] >> (at % WORD) & 1 == 1)
                 .map(|at| (scores[at].key(), correct[at]))
                 .collect();
             let found: Vec<_> = (0..left.len()).map(|index| left.get(index)).collect();
             assert_eq!(found, expected);
-            for start in (0..left.len()).step_by(BLOCK) {
+            let mut some = Vec::new();
+            left.append(1..left.len(), &mut some);
+            assert_eq!(some[..], expected[1..]);
+            for start in (0..left.places()).step_by(BLOCK) {
                 let mut block = Block::new();
                 let loaded = left.load(start, &mut block);
-                let part = &expected[start..expected.len().min(start + BLOCK)];
-                let keys: Vec<_> = part.iter().map(|&(key, _)| i32::of(key)).collect();
-                assert_eq!(block.keys[..part.len()], keys);
-                assert!(block.keys[part.len()..].iter().all(|&key| key == i32::MIN));
-                assert_eq!(loaded.lowest, *keys.iter().min().unwrap());
-                let right = part.iter().map(|&(_, flag)| usize::from(flag)).sum();
-                let accepted = part.len();
-                assert_eq!(
-                    loaded.weight.counts(),
-                    Counts {
-                        accepted,
-                        correct: right
-                    }
-                );
+                let is_left = |at: usize| alive[at / WORD] >> (at % WORD) & 1 == 1;
+                let mut sum = Counts::default();
+                for (place, at) in (start..start + BLOCK).enumerate() {
+                    let is_there = at < scores.len() && is_left(at);
+                    let (key, flag) = if is_there {
+                        (i32::of(scores[at].key()), correct[at])
+                    } else {
+                        (i32::MIN, 0)
+                    };
+                    assert_eq!(block.keys[place], key);
+                    let counts = Counts {
+                        accepted: usize::from(is_there),
+                        correct: usize::from(flag),
+                    };
+                    assert_eq!(block.weights[place].counts(), counts);
+                    sum += counts;
+                }
+                assert_eq!(loaded.weight.counts(), sum);
+                let lowest = block.keys.iter().filter(|&&key| key != i32::MIN).min();
+                assert_eq!(loaded.lowest, lowest.copied().unwrap_or(i32::MAX));
                 assert!(loaded.valid);
             }
         }
+    }
+
+    #[test]
+    fn samples_that_are_out_must_be_valid_too() {
+        let (scores, correct) = (vec![0.5f32; 2000], vec![1; 2000]);
+        let mut alive = everyone(scores.len());
+        alive[20] = 0;
+        for value in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            let mut scores = scores.clone();
+            scores[20 * WORD + 7] = value;
+            let left = Left::of(&scores, &correct, &alive, &Run::on(1));
+            assert!(!left.load(BLOCK, &mut Block::new()).valid);
+        }
+        let mut correct = correct;
+        correct[1999] = 2;
+        alive[1999 / WORD] = 0;
+        let left = Left::of(&scores, &correct, &alive, &Run::on(1));
+        assert!(!left.load(BLOCK, &mut Block::new()).valid);
     }
 }

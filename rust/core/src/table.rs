@@ -60,7 +60,7 @@ pub(crate) fn tabulate<X: Samples>(
 ) -> Result<Table<X::Lane>> {
     let isa = run.instruction_set();
     let tables = run.fold(
-        pieces(samples.len(), run),
+        pieces(samples.places(), run),
         || Sums::new(cells),
         |sums, part| {
             pass(

@@ -176,7 +176,7 @@ macro_rules! search_or_sort {
                 target: Target,
                 run: &Run,
             ) -> Result<Option<Self::Key>> {
-                let left = Left::of(samples.scores, samples.correct, alive);
+                let left = Left::of(samples.scores, samples.correct, alive, run);
                 let keys = search(&left, Counts::default(), &[target], Rule::Set, run)?;
                 Ok(keys[0].map(Lane::key))
             }
