@@ -12,7 +12,6 @@ __all__ = [
     "calibrate_cascade",
     "certify",
     "evidence_suffices",
-    "exits_plain",
     "exits_rows",
     "fast_calibrate",
     "instruction_set",
@@ -34,7 +33,6 @@ def fast_calibrate(
     eps: NDArray[np.float64],
     by_index: bool,
     threads: int,
-    method: str = "",
 ) -> NDArray[np.float64]: ...
 def sort_by_score(
     scores: NDArray[Any], dtype: str, correct: NDArray[np.uint8], threads: int
@@ -44,7 +42,6 @@ def threshold_curve(
 ) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]: ...
 def instruction_set() -> str: ...
 def instruction_sets() -> list[str]: ...
-def exits_plain(logits: Any, tau: float) -> tuple[NDArray[np.int64], NDArray[np.bool_]] | None: ...
 def exits_rows(
     logits: NDArray[Any], dtype: str, tau: float | NDArray[np.float64]
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]: ...

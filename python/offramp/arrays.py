@@ -20,6 +20,8 @@ from offramp.errors import InputError
 FloatName: TypeAlias = Literal["float16", "bfloat16", "float32", "float64"]
 
 _FLOAT_NAMES = ("float16", "bfloat16", "float32", "float64")
+# To ask numpy for the name of a dtype takes as long as to calibrate a hundred samples.
+_NAMES = {np.dtype(name): name for name in ("float16", "float32", "float64", "bool", "uint8")}
 
 
 class Floats(NamedTuple):
@@ -130,6 +132,8 @@ def as_targets(value: Any, argument: str) -> tuple[NDArray[np.float64], bool]:
     ValueError
         More than one dimension, none given, NaN, or outside [0, 1].
     """
+    if type(value) is float and 0.0 <= value <= 1.0:
+        return np.array([value]), True
     array, name = _memory(value, argument)
     if name == "bfloat16":
         array = bfloat16_to_float32(array.view(np.uint16))
@@ -153,7 +157,7 @@ def as_thread_count(threads: SupportsIndex | None) -> int:
     """Read a thread count for the core, which takes 0 as "every core this process may use"."""
     if threads is None:
         return 0
-    if isinstance(threads, bool) or not isinstance(threads, SupportsIndex):
+    if type(threads) is not int and (isinstance(threads, bool) or not isinstance(threads, SupportsIndex)):
         raise TypeError(f"threads must be a whole number or None, not {type(threads).__name__}")
     count = operator.index(threads)
     if count < 1:
@@ -207,6 +211,9 @@ def _require_values(array: NDArray[Any], argument: str) -> None:
 
 def _readable(array: NDArray[Any]) -> NDArray[Any]:
     """Make memory aligned, C-contiguous and of native byte order; no copy when it is so already."""
+    flags = array.flags
+    if flags.c_contiguous and flags.aligned and array.dtype.isnative:
+        return array
     if not array.dtype.isnative:
         array = array.astype(array.dtype.newbyteorder("="))
     return np.require(array, requirements=["C", "A"])
@@ -214,6 +221,8 @@ def _readable(array: NDArray[Any]) -> NDArray[Any]:
 
 def _memory(value: Any, argument: str) -> tuple[NDArray[Any], str]:
     """Find a numpy view of the value (a copy only where there is no other way) and its dtype's name."""
+    if type(value) is np.ndarray:
+        return value, _dtype_name(value)
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(value, torch.Tensor):
         return _torch_memory(torch, value, argument)
@@ -239,6 +248,8 @@ def _memory(value: Any, argument: str) -> tuple[NDArray[Any], str]:
 
 
 def _dtype_name(array: NDArray[Any]) -> str:
+    if (name := _NAMES.get(array.dtype)) is not None:
+        return name
     # numpy has no bfloat16 of its own; ml_dtypes registers one under this name.
     return str(array.dtype.newbyteorder("=").name)
 

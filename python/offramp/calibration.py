@@ -14,7 +14,6 @@ float64 division, and nothing is accumulated in floating point.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, SupportsIndex, TypeAlias
@@ -108,7 +107,6 @@ def fast_calibrate(
         targets,
         rule == "index",
         as_thread_count(threads),
-        os.environ.get("OFFRAMP_CALIBRATION", ""),
     )
     if heads is None:
         return float(thresholds[0]) if single else thresholds

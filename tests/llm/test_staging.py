@@ -105,10 +105,6 @@ def test_a_row_is_read_as_it_is_or_another_way(dtype):
     for kind in (logits, logits.clone().requires_grad_(), every_other, negated, subclass):
         assert [part.tolist() for part in Stage().exits(kind, 0.1)] == expected
         assert top2_margin(kind[0]) == top2_margin(logits[0])
-    for kind in (every_other, negated, subclass, logits[0], rows(dtype), logits.double(), logits.to("meta")):
-        assert _core.exits_plain(kind, 0.1) is None
-    if hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
-        assert _core.exits_plain(logits, 0.1) is not None
     with pytest.raises(ValueError, match=r"row 0 holds nan at index 0"):
         Stage().exits(torch.full_like(logits, torch.nan), 0.1)
 
@@ -199,13 +195,6 @@ def test_the_engine_takes_every_decision_here(trained, thresholds, prompts, monk
     core = staging._core
 
     class Counting:
-        @staticmethod
-        def exits_plain(*arguments):
-            found = core.exits_plain(*arguments)
-            if found is not None:
-                calls.append(arguments)
-            return found
-
         @staticmethod
         def exits_rows(*arguments):
             calls.append(arguments)

@@ -64,8 +64,6 @@ class Stage:
 
         The margin itself is not computed where the two largest logits show that it falls short.
         """
-        if self._stream is None and (found := _core.exits_plain(logits, tau)) is not None:
-            return found
         return _core.exits_rows(self._read(logits), _name(logits), tau)
 
     def top2_margin(self, logits: torch.Tensor) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
@@ -75,7 +73,10 @@ class Stage:
     def _read(self, logits: torch.Tensor) -> NDArray[Any]:
         """Logits as memory of the host, valid until the next call."""
         if self._stream is None:
-            return _view(logits.detach().resolve_neg().cpu().contiguous())
+            # A step's logits need none of this, and each takes as long as a numpy view of them.
+            if logits.requires_grad or logits.is_neg() or not (logits.is_cpu and logits.is_contiguous()):
+                logits = logits.detach().resolve_neg().cpu().contiguous()
+            return _view(logits)
         key = (logits.shape, logits.dtype)
         if key not in self._buffers:
             buffer = self._stream.buffer(logits)

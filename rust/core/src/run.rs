@@ -2,10 +2,15 @@
 
 use crate::error::{Error, Result};
 use crate::isa::InstructionSet;
+use std::cell::OnceCell;
 use std::num::NonZero;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
-use std::thread;
+use std::thread::{self, Thread};
+use std::time::Duration;
+
+/// Time between two questions whether to stop while others finish their work.
+const BETWEEN_CHECKS: Duration = Duration::from_millis(10);
 
 /// How thresholds are found; all methods find the same.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -19,7 +24,8 @@ pub enum Method {
 
 /// How many threads a call may use, and how it learns that it should stop.
 pub struct Run<'a> {
-    threads: usize,
+    /// Asked for when first needed: the system takes longer to tell than a short call takes.
+    threads: OnceCell<usize>,
     method: Method,
     instruction_set: InstructionSet,
     interrupted: &'a dyn Fn() -> bool,
@@ -38,8 +44,8 @@ impl<'a> Run<'a> {
     /// Only the calling thread asks, between pieces of work.
     pub fn interruptible(threads: usize, interrupted: &'a dyn Fn() -> bool) -> Self {
         let threads = match threads {
-            0 => thread::available_parallelism().map_or(1, NonZero::get),
-            threads => threads,
+            0 => OnceCell::new(),
+            threads => OnceCell::from(threads),
         };
         Self {
             threads,
@@ -74,7 +80,8 @@ impl<'a> Run<'a> {
 
     /// How many threads there are to use.
     pub fn threads(&self) -> usize {
-        self.threads
+        let all = || thread::available_parallelism().map_or(1, NonZero::get);
+        *self.threads.get_or_init(all)
     }
 
     /// The error to return if the caller wants to stop.
@@ -92,65 +99,130 @@ impl<'a> Run<'a> {
         tasks: Vec<T>,
         work: impl Fn(T) -> R + Sync,
     ) -> Result<Vec<R>> {
+        self.try_map(tasks, |task, _| Ok(work(task)))
+    }
+
+    /// The same for long tasks, each of which asks now and then whether to go on, and fails if not.
+    pub fn try_map<T: Send, R: Send>(
+        &self,
+        tasks: Vec<T>,
+        work: impl Fn(T, Check<'_>) -> Result<R> + Sync,
+    ) -> Result<Vec<R>> {
         let mut results: Vec<Option<R>> = tasks.iter().map(|_| None).collect();
         let tasks = tasks.into_iter().enumerate().collect();
-        let done = self.fold(tasks, Vec::new, |done, (index, task)| {
-            done.push((index, work(task)))
-        })?;
-        for (index, result) in done.into_iter().flatten() {
+        let add = |done: &mut Vec<_>, (index, task), check: Check<'_>| {
+            done.push((index, work(task, check)?));
+            Ok(())
+        };
+        for (index, result) in self.share(tasks, Vec::new, add)?.into_iter().flatten() {
             results[index] = Some(result);
         }
         Ok(results.into_iter().flatten().collect())
     }
 
     /// Let each thread `work` tasks into a sum of its own, which it starts with `zero`; the sums in no order.
-    ///
-    /// The calling thread takes its share.  Threads are scoped: none outlives the call, none is kept, so a fork
-    /// between calls is safe.  A thread the system refuses to start is done without.
     pub fn fold<T: Send, A: Send>(
         &self,
         tasks: Vec<T>,
         zero: impl Fn() -> A + Sync,
         work: impl Fn(&mut A, T) + Sync,
     ) -> Result<Vec<A>> {
-        let helpers = self.threads.min(tasks.len()).saturating_sub(1);
+        self.share(tasks, zero, |sum, task, _| {
+            work(sum, task);
+            Ok(())
+        })
+    }
+
+    /// The calling thread takes its share.  Threads are scoped: none outlives the call, none is kept, so a fork
+    /// between calls is safe.  A thread the system refuses to start is done without.
+    fn share<T: Send, A: Send>(
+        &self,
+        tasks: Vec<T>,
+        zero: impl Fn() -> A + Sync,
+        work: impl Fn(&mut A, T, Check<'_>) -> Result<()> + Sync,
+    ) -> Result<Vec<A>> {
+        let helpers = match tasks.len() {
+            0 | 1 => 0,
+            tasks => self.threads().min(tasks) - 1,
+        };
         let queue = Mutex::new(tasks.into_iter());
-        let stop = AtomicBool::new(false);
+        let (stop, helping) = (AtomicBool::new(false), AtomicUsize::new(0));
+        let caller = thread::current();
         // Poisoning cannot matter: a panicking `work` holds no lock, and its panic resurfaces at the scope's end.
-        let next = || {
-            if stop.load(Ordering::Relaxed) {
-                return None;
-            }
-            queue.lock().unwrap_or_else(PoisonError::into_inner).next()
+        let next = || queue.lock().unwrap_or_else(PoisonError::into_inner).next();
+        let through = |check: Check<'_>| {
+            let mut sum = zero();
+            let done = loop {
+                match check().map(|()| next()) {
+                    Ok(Some(task)) => {
+                        if let Err(error) = work(&mut sum, task, check) {
+                            break Err(error);
+                        }
+                    }
+                    Ok(None) => break Ok(()),
+                    Err(error) => break Err(error),
+                }
+            };
+            stop.fetch_or(done.is_err(), Ordering::Relaxed);
+            done.map(|()| sum)
+        };
+        let stopped = || match stop.load(Ordering::Relaxed) {
+            true => Err(Error::Interrupted),
+            false => Ok(()),
         };
         let help = || {
-            let mut sum = zero();
-            while let Some(task) = next() {
-                work(&mut sum, task);
-            }
-            sum
+            // Told when dropped, so that the caller hears of a panic too.
+            let _leaving = Leaving {
+                helping: &helping,
+                caller: &caller,
+            };
+            through(&stopped)
         };
         thread::scope(|scope| {
             let handles: Vec<_> = (0..helpers)
-                .map_while(|_| thread::Builder::new().spawn_scoped(scope, help).ok())
+                .map_while(|_| {
+                    helping.fetch_add(1, Ordering::Relaxed);
+                    let started = thread::Builder::new().spawn_scoped(scope, help).ok();
+                    helping.fetch_sub(usize::from(started.is_none()), Ordering::Relaxed);
+                    started
+                })
                 .collect();
-            let mut sum = zero();
-            let mut verdict = self.check();
-            while verdict.is_ok() {
-                let Some(task) = next() else { break };
-                work(&mut sum, task);
-                verdict = self.check();
+            let asking = || stopped().and_then(|()| self.check());
+            let mut done = through(&asking);
+            while helping.load(Ordering::Acquire) > 0 {
+                thread::park_timeout(BETWEEN_CHECKS);
+                if done.is_ok()
+                    && let Err(error) = asking()
+                {
+                    stop.store(true, Ordering::Relaxed);
+                    done = Err(error);
+                }
             }
-            stop.store(verdict.is_err(), Ordering::Relaxed);
-            let mut sums = vec![sum];
+            let mut sums = vec![done];
             for handle in handles {
                 match handle.join() {
                     Ok(sum) => sums.push(sum),
                     Err(panic) => std::panic::resume_unwind(panic),
                 }
             }
-            verdict.map(|()| sums)
+            sums.into_iter().collect()
         })
+    }
+}
+
+/// Asks whether to go on: the error to return if not.
+pub type Check<'a> = &'a dyn Fn() -> Result<()>;
+
+/// A helper that will have finished.
+struct Leaving<'a> {
+    helping: &'a AtomicUsize,
+    caller: &'a Thread,
+}
+
+impl Drop for Leaving<'_> {
+    fn drop(&mut self) {
+        self.helping.fetch_sub(1, Ordering::Release);
+        self.caller.unpark();
     }
 }
 
@@ -158,6 +230,8 @@ impl<'a> Run<'a> {
 mod tests {
     use super::*;
     use std::cell::Cell;
+    use std::sync::Barrier;
+    use std::time::Instant;
 
     #[test]
     fn results_keep_the_order_of_tasks() {
@@ -175,5 +249,22 @@ mod tests {
         let run = Run::interruptible(1, &interrupted);
         assert_eq!(run.map(vec![(); 1000], |()| ()), Err(Error::Interrupted));
         assert_eq!(asked.get(), 4);
+    }
+
+    #[test]
+    fn the_last_long_task_of_another_thread_is_interrupted() {
+        let start = Instant::now();
+        let interrupted = || start.elapsed() > Duration::from_millis(50);
+        let run = Run::interruptible(2, &interrupted);
+        let (caller, both) = (thread::current().id(), Barrier::new(2));
+        let done = run.try_map(vec![(); 2], |(), check| {
+            both.wait();
+            while thread::current().id() != caller && start.elapsed() < Duration::from_secs(20) {
+                check()?;
+            }
+            Ok(())
+        });
+        assert_eq!(done, Err(Error::Interrupted));
+        assert!(start.elapsed() < Duration::from_secs(10));
     }
 }

@@ -71,11 +71,12 @@ pub(crate) fn survey<X: Samples>(
 
 /// What one thread looks at before it takes more work.
 pub(crate) fn pieces(len: usize, run: &Run) -> Vec<Range<usize>> {
-    let piece = match run.threads() {
-        threads if threads > 1 && len >= WORTH_A_THREAD => (len / (4 * threads))
+    let piece = if len >= WORTH_A_THREAD && run.threads() > 1 {
+        (len / (4 * run.threads()))
             .next_multiple_of(BLOCK)
-            .clamp(WORTH_A_THREAD / 4, PIECE),
-        _ => PIECE,
+            .clamp(WORTH_A_THREAD / 4, PIECE)
+    } else {
+        PIECE
     };
     (0..len)
         .step_by(piece)

@@ -19,7 +19,7 @@ use std::ops::Range;
 /// Samples that are sorted rather than searched.
 const FEW: usize = 512;
 /// Samples from which on a guess pays; fewer are counted in a table at once.
-const WORTH_A_SKETCH: usize = 1 << 17;
+const WORTH_A_SKETCH: usize = 1 << 15;
 /// Targets from which on the table of all is cheaper than edges around the guess for each.
 const WORTH_A_TABLE: usize = 3;
 /// Targets from which on one sort answers faster than a search for each.

@@ -12,6 +12,8 @@ use std::ops::{ControlFlow, Range};
 
 /// Neighbours drawn together: they share a cache line or two, and most of what a draw costs is to fetch those.
 const NEIGHBOURS: usize = 16;
+/// Groups drawn between two questions whether to stop.
+const BETWEEN_CHECKS: usize = 1 << 12;
 /// Standard errors on either side of the guess: wider means more samples gathered, narrower more second passes.
 const SURE: f64 = 3.0;
 /// Standard errors kept in hand when ranges below the guess are cut so wide that their counts will rule them out.
@@ -47,7 +49,10 @@ impl<L: Lane> Sketch<L> {
         let stride = (samples.len() / groups).max(NEIGHBOURS);
         let mut drawn = Vec::with_capacity(size);
         let mut noise = Noise(0);
-        for start in (0..samples.len()).step_by(stride) {
+        for (group, start) in (0..samples.len()).step_by(stride).enumerate() {
+            if group % BETWEEN_CHECKS == 0 {
+                run.check()?;
+            }
             // Even spacing would see only one phase of periodic data.
             let start = start + noise.below(stride - NEIGHBOURS + 1);
             let end = samples.len().min(start + NEIGHBOURS);

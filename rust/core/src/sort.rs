@@ -5,7 +5,7 @@
 
 use crate::error::Result;
 use crate::order::{Key, Score};
-use crate::run::Run;
+use crate::run::{Check, Run};
 use crate::validate::{require_pairs, require_valid};
 use std::ops::Range;
 
@@ -30,7 +30,9 @@ pub fn sort_by_score<S: Score>(
 ) -> Result<(Vec<S>, Vec<u8>)> {
     require_pairs(scores, correct)?;
     require_valid(scores, correct, None, run)?;
-    sort_pairs(scores.to_vec(), correct.to_vec(), S::key, run)
+    let check = || run.check();
+    let (scores, correct) = (copy(scores, &check)?, copy(correct, &check)?);
+    sort_pairs(scores, correct, S::key, run)
 }
 
 /// Keys ascending.
@@ -55,8 +57,9 @@ where
     F: Copy + Send + Sync,
     K: Key,
 {
+    let check = || run.check();
     if items.len() < WORTH_PARTING {
-        sort_here(&mut items, &mut flags, key, || run.check())?;
+        sort_here(&mut items, &mut flags, key, &check)?;
         return Ok((items, flags));
     }
     let buckets = Buckets::of(&items, key, run)?;
@@ -73,10 +76,10 @@ where
         })
         .collect();
     if sizes.iter().any(|&size| size > items.len() / CROWDED) {
-        sort_here(&mut items, &mut flags, key, || run.check())?;
+        sort_here(&mut items, &mut flags, key, &check)?;
         return Ok((items, flags));
     }
-    let (mut sorted_items, mut sorted_flags) = (items.clone(), flags.clone());
+    let (mut sorted_items, mut sorted_flags) = (copy(&items, &check)?, copy(&flags, &check)?);
     let (mut rest_items, mut rest_flags) = (&mut sorted_items[..], &mut sorted_flags[..]);
     let mut tasks = Vec::with_capacity(buckets.count);
     for (bucket, &size) in sizes.iter().enumerate() {
@@ -85,19 +88,19 @@ where
         (rest_items, rest_flags) = (more_items, more_flags);
         tasks.push((bucket, items, flags));
     }
-    let sorted = run.map(tasks, |(bucket, sorted_items, sorted_flags)| {
+    run.try_map(tasks, |(bucket, sorted_items, sorted_flags), check| {
         let mut end = 0;
         let pieces = items.chunks(PIECE).zip(flags.chunks(PIECE));
         for ((items, flags), starts) in pieces.zip(&starts) {
+            check()?;
             let part = within(starts, bucket);
             let place = end..end + part.len();
             end = place.end;
             sorted_items[place.clone()].copy_from_slice(&items[part.clone()]);
             sorted_flags[place].copy_from_slice(&flags[part]);
         }
-        sort_here(sorted_items, sorted_flags, key, || Ok(()))
+        sort_here(sorted_items, sorted_flags, key, check)
     })?;
-    sorted.into_iter().collect::<Result<()>>()?;
     Ok((sorted_items, sorted_flags))
 }
 
@@ -168,10 +171,10 @@ fn sort_here<T: Copy, F: Copy, K: Key>(
     items: &mut [T],
     flags: &mut [F],
     key: impl Fn(T) -> K + Copy,
-    check: impl Fn() -> Result<()>,
+    check: Check<'_>,
 ) -> Result<()> {
-    let passes = passes(items, key, &check)?;
-    let (mut other_items, mut other_flags) = (items.to_vec(), flags.to_vec());
+    let passes = passes(items, key, check)?;
+    let (mut other_items, mut other_flags) = (copy(items, check)?, copy(flags, check)?);
     let (mut from, mut to) = ((items, flags), (&mut other_items[..], &mut other_flags[..]));
     let is_elsewhere = passes.len() % 2 == 1;
     for pass in passes {
@@ -188,10 +191,25 @@ fn sort_here<T: Copy, F: Copy, K: Key>(
         std::mem::swap(&mut from, &mut to);
     }
     if is_elsewhere {
-        to.0.copy_from_slice(from.0);
-        to.1.copy_from_slice(from.1);
+        let places = to.0.chunks_mut(PIECE).zip(to.1.chunks_mut(PIECE));
+        let sorted = from.0.chunks(PIECE).zip(from.1.chunks(PIECE));
+        for ((to_items, to_flags), (items, flags)) in places.zip(sorted) {
+            check()?;
+            to_items.copy_from_slice(items);
+            to_flags.copy_from_slice(flags);
+        }
     }
     Ok(())
+}
+
+/// A copy, which takes seconds for a billion items.
+fn copy<T: Copy>(items: &[T], check: Check<'_>) -> Result<Vec<T>> {
+    let mut copied = Vec::with_capacity(items.len());
+    for piece in items.chunks(PIECE) {
+        check()?;
+        copied.extend_from_slice(piece);
+    }
+    Ok(copied)
 }
 
 /// One pass of the sort: the digit it looks at, and where the run of each digit value starts.
@@ -204,7 +222,7 @@ struct Pass {
 fn passes<T: Copy, K: Key>(
     items: &[T],
     key: impl Fn(T) -> K,
-    check: impl Fn() -> Result<()>,
+    check: Check<'_>,
 ) -> Result<Vec<Pass>> {
     let mut counts = vec![[0usize; DIGITS]; (K::BITS / DIGIT_BITS) as usize];
     for chunk in items.chunks(PIECE) {

@@ -50,7 +50,6 @@ pub(crate) use with_scores;
 
 /// Thresholds of one head, or of `heads` rows laid end to end, for every target: row-major float64.
 #[pyfunction]
-#[pyo3(signature = (scores, dtype, correct, heads, eps, by_index, threads, method=""))]
 #[expect(
     clippy::too_many_arguments,
     reason = "a flat call costs the least to make from Python"
@@ -64,11 +63,10 @@ pub fn fast_calibrate<'py>(
     eps: PyReadonlyArray1<'py, f64>,
     by_index: bool,
     threads: usize,
-    method: &str,
 ) -> PyResult<Bound<'py, PyArray1<f64>>> {
     let (correct, eps) = (correct.as_slice()?, eps.as_slice()?);
     let rule = if by_index { Rule::Index } else { Rule::Set };
-    let method = method_named(method)?;
+    let method = method_chosen()?;
     with_scores!(scores, dtype, |scores| {
         let thresholds = detached(py, threads, |run| {
             let run = run.with_method(method);
@@ -128,13 +126,15 @@ pub fn threshold_curve<'py>(
     })
 }
 
-/// A method by its name; any where none is named.
-fn method_named(name: &str) -> PyResult<Method> {
-    match name {
-        "" | "fastest" => Ok(Method::Fastest),
-        "sort" => Ok(Method::Sort),
-        other => Err(PyValueError::new_err(format!(
-            "method must be fastest or sort, not {other}"
+/// The fastest method, unless the environment names another.
+fn method_chosen() -> PyResult<Method> {
+    // Read in each call, so that a test or a benchmark may change it, and with the GIL held, under which Python does.
+    match std::env::var_os("OFFRAMP_CALIBRATION") {
+        None => Ok(Method::Fastest),
+        Some(name) if name.is_empty() || name == "fastest" => Ok(Method::Fastest),
+        Some(name) if name == "sort" => Ok(Method::Sort),
+        Some(name) => Err(PyValueError::new_err(format!(
+            "OFFRAMP_CALIBRATION is {name:?}: unset it, or use fastest or sort"
         ))),
     }
 }

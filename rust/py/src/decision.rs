@@ -1,6 +1,5 @@
 //! The decision over numpy memory.
 
-use crate::dlpack::{self, Row};
 use crate::error::refused;
 use crate::isa;
 use half::slice::HalfBitsSliceExt;
@@ -8,18 +7,13 @@ use half::{bf16, f16};
 use numpy::{
     Element, PyArray1, PyArrayMethods, PyReadonlyArray1, PyReadonlyArrayDyn, PyUntypedArrayMethods,
 };
-use offramp_core::margin::{self, Logit, Top2, exits, top2_margin};
+use offramp_core::margin::{self, Logit, Top2, top2_margin};
 use offramp_core::{Error, Run};
 use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
-use std::sync::LazyLock;
-use std::thread::available_parallelism;
 
 type Found = (usize, f32);
 type Rows<'py, T> = (Bound<'py, PyArray1<i64>>, Bound<'py, PyArray1<T>>);
-
-/// Threads for the rows of a large batch; asked once, since the system takes longer to tell than a row does.
-static THREADS: LazyLock<usize> = LazyLock::new(|| available_parallelism().map_or(1, Into::into));
 
 /// Evaluate an expression with logits, float32 or uint16 holding what `dtype` names, as a slice and their shape.
 macro_rules! with_logits {
@@ -48,19 +42,7 @@ macro_rules! with_logits {
     };
 }
 
-/// Evaluate an expression with a row of whatever type.
-macro_rules! with_row {
-    ($row:expr, |$logits:ident| $body:expr) => {
-        match $row {
-            Row::Float32($logits) => $body,
-            Row::Float16($logits) => $body,
-            Row::Bfloat16($logits) => $body,
-        }
-    };
-}
-
-/// Token and margin of one row that can be read as it is, in a float32 or float16 numpy array or a torch tensor; None
-/// for all else.
+/// Token and margin of one row in a float32 or float16 numpy array that can be read as it is; None for all else.
 #[pyfunction]
 pub fn top2_margin_plain(logits: &Bound<'_, PyAny>) -> PyResult<Option<Found>> {
     if let Ok(logits) = logits.cast::<PyArray1<f32>>() {
@@ -69,12 +51,7 @@ pub fn top2_margin_plain(logits: &Bound<'_, PyAny>) -> PyResult<Option<Found>> {
     if let Ok(logits) = logits.cast::<PyArray1<f16>>() {
         return plain(logits);
     }
-    let isa = isa::chosen()?;
-    dlpack::with_row(logits, 1, |row| {
-        let found = with_row!(row, |row| top2_margin(isa, row)).map_err(refused)?;
-        Ok((found.token, found.margin))
-    })
-    .transpose()
+    Ok(None)
 }
 
 fn plain<T: Logit + Element>(logits: &Bound<'_, PyArray1<T>>) -> PyResult<Option<Found>> {
@@ -134,19 +111,6 @@ pub fn exits_rows<'py>(
     })
 }
 
-/// The token of a torch tensor (1, V) on the CPU, and whether its margin reaches `tau`, as [`exits_rows`] gives them;
-/// None where it cannot be read as it is.
-#[pyfunction]
-pub fn exits_plain<'py>(logits: &Bound<'py, PyAny>, tau: f64) -> PyResult<Option<Rows<'py, bool>>> {
-    let (py, isa) = (logits.py(), isa::chosen()?);
-    dlpack::with_row(logits, 2, |row| {
-        let (token, exit) = with_row!(row, |row| exits(isa, row, tau)).map_err(refused)?;
-        let tokens = PyArray1::from_slice(py, &[token as i64]);
-        Ok((tokens, PyArray1::from_slice(py, &[exit])))
-    })
-    .transpose()
-}
-
 /// Let `decide` fill what there is for each row; the GIL is held for a single one, which takes microseconds.
 fn of_rows<T: Element + Copy + Default + Send>(
     py: Python<'_>,
@@ -154,16 +118,20 @@ fn of_rows<T: Element + Copy + Default + Send>(
     decide: impl FnOnce(&mut [i64], &mut [T], &Run<'_>) -> Result<(), Error> + Send,
 ) -> PyResult<Rows<'_, T>> {
     let isa = isa::chosen()?;
-    let (mut tokens, mut results) = (vec![0; rows], vec![T::default(); rows]);
     if rows == 1 {
+        let (mut token, mut result) = ([0], [T::default()]);
         let run = Run::on(1).with_instruction_set(isa);
-        decide(&mut tokens, &mut results, &run)
-    } else {
-        py.detach(|| {
-            let run = Run::on(*THREADS).with_instruction_set(isa);
-            decide(&mut tokens, &mut results, &run)
-        })
+        decide(&mut token, &mut result, &run).map_err(refused)?;
+        return Ok((
+            PyArray1::from_slice(py, &token),
+            PyArray1::from_slice(py, &result),
+        ));
     }
+    let (mut tokens, mut results) = (vec![0; rows], vec![T::default(); rows]);
+    py.detach(|| {
+        let run = Run::on(0).with_instruction_set(isa);
+        decide(&mut tokens, &mut results, &run)
+    })
     .map_err(refused)?;
     Ok((
         PyArray1::from_vec(py, tokens),
