@@ -8,6 +8,7 @@ import numpy as np
 import offramp
 import pytest
 from offramp.cli.app import command, run
+from offramp.evaluation.tables import read_csv
 
 SCORES = [0.2, 0.5, 0.7, 0.9]
 CORRECT = [0, 1, 0, 1]
@@ -277,9 +278,9 @@ def test_an_interrupt_ends_with_130(capsys, monkeypatch):
 
 
 def test_bench_prints_a_number_for_every_contender(capsys, tmp_path):
-    picture = tmp_path / "speed.png"
-    arguments = ("bench", "--samples", "2000", "--vocabulary", "500", "--rounds", "1", "--quiet")
-    seconds = json.loads(ok(capsys, *arguments, "--json", "--plot", str(picture)))["seconds"]
+    picture, table = tmp_path / "speed.png", tmp_path / "speed.csv"
+    arguments = ("bench", "--samples", "2000", "--vocabulary", "500", "--rounds", "1", "--quiet", "--json")
+    seconds = json.loads(ok(capsys, *arguments, "--plot", str(picture), "--csv", str(table)))["seconds"]
     assert set(seconds) == {"calibrate", "decide"}
     assert set(seconds["decide"]) == {"500 float32", "500 float16", "500 bfloat16"}
     assert set(seconds["calibrate"]["by_size"]) == {"1000", "2000"}
@@ -293,6 +294,22 @@ def test_bench_prints_a_number_for_every_contender(capsys, tmp_path):
         assert all(value > 0 for value in contenders.values())
     assert {"offramp", "one read of the inputs", "numpy argsort + cumsum"} <= set(suites[0])
     assert picture.read_bytes().startswith(b"\x89PNG")
+    rows = read_csv(table)
+    assert {row["table"] for row in rows} == {"size", "heads and targets", "kind", "decision"}
+    for row in rows:
+        if (row["table"], row["row"]) == ("size", 2000):
+            assert row["microseconds"] == 1e6 * suites[1][row["contender"]]
+            assert row["reads"] == pytest.approx(
+                suites[1][row["contender"]] / suites[1]["one read of the inputs"]
+            )
+        if row["contender"] == "offramp":
+            assert row["times_ours"] == 1.0
+
+
+def test_bench_leaves_slow_peers_out_of_large_sizes(capsys):
+    arguments = ("bench", "calibrate", "--samples", "3000", "--rounds", "1", "--quiet", "--json")
+    seconds = json.loads(ok(capsys, *arguments, "--patience", "0"))["seconds"]["calibrate"]["by_size"]
+    assert len(seconds["1000"]) > len(seconds["3000"]) == 2
 
 
 def test_bench_prints_tables(capsys):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from offramp.evaluation.peers.decision import (
     contenders,
     like_a_model,
 )
+from offramp.evaluation.tables import write_csv
 from offramp.evaluation.timing import alternate, medians
 
 Contenders = dict[str, Callable[[], Any]]
@@ -51,9 +53,28 @@ _EPS = 0.9
     type=click.Path(path_type=Path, dir_okay=False),
     help="Draw seconds against the number of scores into this picture (png, svg, pdf).",
 )
+@click.option(
+    "--patience",
+    type=click.FloatRange(0),
+    default=4.0,
+    show_default=True,
+    help="Seconds one run of a peer may take; at sizes where it is likely to take more it is left out.",
+)
+@click.option(
+    "--csv",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write the seconds, the times of ours and of one read into this file.",
+)
 @with_session
 def bench(
-    session: Session, what: str, samples: int, vocabulary: int | None, rounds: int, plot: Path | None
+    session: Session,
+    what: str,
+    samples: int,
+    vocabulary: int | None,
+    rounds: int,
+    plot: Path | None,
+    patience: float,
+    csv: Path | None,
 ) -> None:
     """Time the core beside its peers, all in turn.
 
@@ -62,9 +83,12 @@ def bench(
     """
     results: dict[str, Any] = {}
     if what in ("all", "calibrate"):
-        results["calibrate"] = _calibrate(session, samples, rounds, plot)
+        results["calibrate"] = _calibrate(session, samples, rounds, plot, patience)
     if what in ("all", "decide"):
         results["decide"] = _decisions(session, vocabulary, rounds)
+    if csv is not None:
+        write_csv(csv, list(_rows(results)))
+        session.say(f"wrote {csv}")
     session.show(", ".join(f"{name} {value}" for name, value in machine.describe().items()))
     session.result(
         {
@@ -86,12 +110,37 @@ def _timed(contenders: Contenders, same: Callable[[Any, Any], bool], rounds: int
     return {key: seconds / repeats for key, seconds in timed.items()}
 
 
-def _calibrate(session: Session, samples: int, rounds: int, plot: Path | None) -> dict[str, Any]:
+def _rows(results: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Lay results out as rows: what was timed, on what, by whom."""
+    calibrate = results.get("calibrate", {})
+    tables = {
+        "size": calibrate.get("by_size", {}),
+        "heads and targets": {"all": calibrate["heads_and_targets"]} if calibrate else {},
+        "kind": {kind: {OURS: seconds} for kind, seconds in calibrate.get("kinds", {}).items()},
+        "decision": results.get("decide", {}),
+    }
+    for table, rows in tables.items():
+        for row, seconds in rows.items():
+            read = seconds.get(READ, seconds.get(calibration_speed.READ, nan))
+            for name, value in seconds.items():
+                yield {
+                    "table": table,
+                    "row": row,
+                    "contender": name,
+                    "microseconds": 1e6 * value,
+                    "times_ours": value / seconds[OURS],
+                    "reads": value / read,
+                }
+
+
+def _calibrate(
+    session: Session, samples: int, rounds: int, plot: Path | None, patience: float
+) -> dict[str, Any]:
     """Time thresholds: by size with the peers, for heads and targets, and for kinds of scores."""
     options: dict[str, Any] = {"rounds": rounds, "threads": session.threads, "seed": session.seed}
     sizes = [size for size in (10**power for power in range(3, 12)) if size < samples] + [samples]
     rows = []
-    for row in calibration_speed.by_size(sizes, eps=_EPS, **options):
+    for row in calibration_speed.by_size(sizes, eps=_EPS, patience=patience, **options):
         session.say(f"timed {row[0]:,} scores: {', '.join(row[1])}")
         rows.append(row)
     for size, seconds in rows:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,9 +19,9 @@ from offramp.evaluation.timing import alternate, medians
 OURS, READ = "offramp", "one read of the inputs"
 # What the usual code allocates for a sample: indices, sorted copies, sums, quotients.
 _BYTES_A_SAMPLE = 60
-# A contender that takes longer for one run is left out of larger sizes.
-_PATIENCE = 4.0
 _SHORTEST = 1e-3
+# A first run that takes longer than this is no longer one that loads modules for the most part.
+_LOADING = 2.0
 
 Samples = tuple[NDArray[Any], NDArray[np.bool_]]
 Seconds = dict[str, float]
@@ -34,7 +35,7 @@ def uniform(size: int, seed: int) -> Samples:
 
 
 def by_size(
-    sizes: Sequence[int], *, eps: float, rounds: int, threads: int | None, seed: int
+    sizes: Sequence[int], *, eps: float, rounds: int, threads: int | None, seed: int, patience: float = 4.0
 ) -> Iterator[tuple[int, Seconds]]:
     """Time all contenders on ascending sizes, as long as the data fits into memory.
 
@@ -50,6 +51,8 @@ def by_size(
         For ours; the peers take what they take.
     seed : int
         For the scores.
+    patience : float
+        Seconds one run of a contender may take; it is left out of sizes at which it is likely to take more.
 
     Yields
     ------
@@ -76,7 +79,7 @@ def by_size(
         seconds = timed(contenders, rounds, unlike={READ})
         yield size, seconds
         slow |= {
-            name for name, value in seconds.items() if value * 10 > _PATIENCE and name not in (OURS, READ)
+            name for name, value in seconds.items() if value * 10 > patience and name not in (OURS, READ)
         }
 
 
@@ -125,13 +128,20 @@ def by_kind(size: int, *, eps: float, rounds: int, threads: int | None, seed: in
 
 def timed(contenders: dict[str, Callable[[], Any]], rounds: int, unlike: Collection[str] = ()) -> Seconds:
     """Time contenders in turn after all but the `unlike` have found the same as the first."""
-    expected = contenders[next(iter(contenders))]()
+    expected, once = None, {}
     for name, run in contenders.items():
-        if name not in unlike and not np.array_equal(run(), expected):
-            raise RuntimeError(f"{name} found another threshold, so its time means nothing")
-    repeats = _repeats(contenders)
+        found, once[name] = _clocked(run)
+        if once[name] < _LOADING:
+            once[name] = _clocked(run)[1]
+        if name not in unlike:
+            expected = found if expected is None else expected
+            if not np.array_equal(found, expected):
+                raise RuntimeError(f"{name} found another threshold, so its time means nothing")
+    # Enough runs in a row that each contender is timed over a millisecond.
+    repeats = {name: max(1, round(_SHORTEST / seconds)) for name, seconds in once.items()}
     looped = {name: partial(_loop, run, repeats[name]) for name, run in contenders.items()}
-    return {name: value / repeats[name] for name, value in medians(alternate(looped, rounds=rounds)).items()}
+    taken = alternate(looped, rounds=rounds, warm=True)
+    return {name: value / repeats[name] for name, value in medians(taken).items()}
 
 
 def draw(rows: Sequence[tuple[int, Seconds]], path: Path) -> None:
@@ -172,10 +182,9 @@ def free_memory() -> int:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 2**33
 
 
-def _repeats(contenders: dict[str, Callable[[], Any]]) -> dict[str, int]:
-    """Enough runs in a row that each contender is timed over a millisecond."""
-    once = medians(alternate(contenders, rounds=1))
-    return {name: max(1, round(_SHORTEST / seconds)) for name, seconds in once.items()}
+def _clocked(run: Callable[[], Any]) -> tuple[Any, float]:
+    start = time.perf_counter()
+    return run(), time.perf_counter() - start
 
 
 def _loop(run: Callable[[], Any], repeats: int) -> None:

@@ -8,7 +8,11 @@ from statistics import median
 
 
 def alternate(
-    contenders: Mapping[str, Callable[[], object]], *, rounds: int, seconds: float = float("inf")
+    contenders: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    seconds: float = float("inf"),
+    warm: bool = False,
 ) -> dict[str, list[float]]:
     """Run every contender once to warm up, then all in turn, and return the seconds each run took.
 
@@ -20,13 +24,15 @@ def alternate(
         How often to run each, the warm-up not counted.
     seconds : float
         Start no further round once this much time is used; each contender is timed at least once.
+    warm : bool
+        They have run already.
 
     Returns
     -------
     dict of str to list of float
         Wall-clock seconds, one a round.
     """
-    for run in contenders.values():
+    for run in () if warm else contenders.values():
         run()
     taken: dict[str, list[float]] = {name: [] for name in contenders}
     end = time.perf_counter() + seconds

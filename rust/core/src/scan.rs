@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 /// Samples one thread scans before it looks for more work: a few milliseconds.
 const PIECE: usize = 1 << 20;
 /// Fewer samples are scanned by the calling thread alone: starting another takes as long.
-const WORTH_A_THREAD: usize = 1 << 17;
+const WORTH_A_THREAD: usize = 1 << 18;
 /// Edges compared with a key that is loaded once.
 const TOGETHER: usize = 6;
 

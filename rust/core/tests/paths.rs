@@ -5,7 +5,7 @@ use offramp_core::{Calibratable, InstructionSet, Method, Rule, Run, fast_calibra
 
 /// Few samples, blocks of a pass, the first guess and the first thread.
 const SIZES: [usize; 13] = [
-    1, 511, 512, 513, 1023, 1024, 1025, 2049, 20_000, 32_767, 32_768, 131_072, 140_001,
+    1, 511, 512, 513, 1023, 1024, 1025, 2049, 20_000, 32_767, 32_768, 140_001, 262_144,
 ];
 
 /// Splitmix64.
