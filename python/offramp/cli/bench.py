@@ -25,7 +25,7 @@ from offramp.evaluation.peers.decision import (
     like_a_model,
 )
 from offramp.evaluation.tables import write_csv
-from offramp.evaluation.timing import alternate, medians
+from offramp.evaluation.timing import clocked, in_turn
 
 Contenders = dict[str, Callable[[], Any]]
 _EPS = 0.9
@@ -103,11 +103,13 @@ def bench(
 
 def _timed(contenders: Contenders, same: Callable[[Any, Any], bool], rounds: int) -> dict[str, float]:
     """Seconds of each contender, timed in turns once they agree."""
-    _require_agreement(contenders, same)
-    repeats = _repeats(contenders)
-    repeated = {key: _repeated(run, repeats) for key, run in contenders.items()}
-    timed = medians(alternate(repeated, rounds=rounds, seconds=60))
-    return {key: seconds / repeats for key, seconds in timed.items()}
+    expected, once = None, {}
+    for name, run in contenders.items():
+        found, once[name] = clocked(run)
+        expected = found if expected is None else expected
+        if not same(expected, found):
+            raise RuntimeError(f"{name} finds something else, so its time means nothing")
+    return in_turn(contenders, once, rounds=rounds, seconds=60)
 
 
 def _rows(results: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -193,28 +195,6 @@ def _decision_table(seconds: dict[str, dict[str, float]]) -> Table:
 def _close(one: Any, other: Any) -> bool:
     # One read finds no margin.
     return not isinstance(other, tuple) or agree(one, other, SOFTMAX_WITHIN)
-
-
-def _require_agreement(contenders: Contenders, agree: Callable[[Any, Any], bool]) -> None:
-    (first, *others) = contenders.values()
-    expected = first()
-    for run in others:
-        if not agree(expected, run()):
-            raise RuntimeError("contenders disagree, so their times mean nothing")
-
-
-def _repeats(contenders: Contenders) -> int:
-    """Enough runs in a row that the slowest contender is timed over a millisecond."""
-    slowest = max(medians(alternate(contenders, rounds=1)).values())
-    return max(1, round(1e-3 / slowest))
-
-
-def _repeated(run: Callable[[], Any], repeats: int) -> Callable[[], None]:
-    def loop() -> None:
-        for _ in range(repeats):
-            run()
-
-    return loop
 
 
 def _table(title: str, seconds: dict[str, float]) -> Table:

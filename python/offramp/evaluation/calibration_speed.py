@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,14 +13,11 @@ from numpy.typing import NDArray
 
 from offramp.calibration import fast_calibrate
 from offramp.evaluation.peers.calibration import by_argsort, one_read, peers
-from offramp.evaluation.timing import alternate, medians
+from offramp.evaluation.timing import clocked, in_turn
 
 OURS, READ = "offramp", "one read of the inputs"
 # What the usual code allocates for a sample: indices, sorted copies, sums, quotients.
 _BYTES_A_SAMPLE = 60
-_SHORTEST = 1e-3
-# A first run that takes longer than this is no longer one that loads modules for the most part.
-_LOADING = 2.0
 
 Samples = tuple[NDArray[Any], NDArray[np.bool_]]
 Seconds = dict[str, float]
@@ -130,18 +126,12 @@ def timed(contenders: dict[str, Callable[[], Any]], rounds: int, unlike: Collect
     """Time contenders in turn after all but the `unlike` have found the same as the first."""
     expected, once = None, {}
     for name, run in contenders.items():
-        found, once[name] = _clocked(run)
-        if once[name] < _LOADING:
-            once[name] = _clocked(run)[1]
+        found, once[name] = clocked(run)
         if name not in unlike:
             expected = found if expected is None else expected
             if not np.array_equal(found, expected):
                 raise RuntimeError(f"{name} found another threshold, so its time means nothing")
-    # Enough runs in a row that each contender is timed over a millisecond.
-    repeats = {name: max(1, round(_SHORTEST / seconds)) for name, seconds in once.items()}
-    looped = {name: partial(_loop, run, repeats[name]) for name, run in contenders.items()}
-    taken = alternate(looped, rounds=rounds, warm=True)
-    return {name: value / repeats[name] for name, value in medians(taken).items()}
+    return in_turn(contenders, once, rounds=rounds)
 
 
 def draw(rows: Sequence[tuple[int, Seconds]], path: Path) -> None:
@@ -159,13 +149,15 @@ def draw(rows: Sequence[tuple[int, Seconds]], path: Path) -> None:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     ax = figure.add_subplot()
     styles: dict[str, dict[str, Any]] = {
-        OURS: {"linewidth": 3, "color": "C3"},
+        OURS: {"linewidth": 3, "color": "#d55e00"},
         READ: {"linestyle": "--", "color": "0.5"},
     }
-    names = {name: None for _, seconds in rows for name in seconds}
+    names = dict.fromkeys(name for _, seconds in rows for name in seconds)
+    # Okabe and Ito's colours, which the colour-blind can tell apart.
+    colours = iter(("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9"))
     for name in names:
         points = [(size, seconds[name]) for size, seconds in rows if name in seconds]
-        style = styles.get(name, {})
+        style = styles.get(name) or {"color": next(colours, "black")}
         ax.loglog(*zip(*points, strict=True), marker="o", markersize=4, label=name, **style)
     ax.set(xlabel="scores", ylabel="seconds, median")
     ax.grid(alpha=0.3)
@@ -180,13 +172,3 @@ def free_memory() -> int:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 2**33
-
-
-def _clocked(run: Callable[[], Any]) -> tuple[Any, float]:
-    start = time.perf_counter()
-    return run(), time.perf_counter() - start
-
-
-def _loop(run: Callable[[], Any], repeats: int) -> None:
-    for _ in range(repeats):
-        run()

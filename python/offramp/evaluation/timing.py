@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from statistics import median
+from typing import Any
+
+# OpenMP's threads wait for more work by spinning, some milliseconds long, at the cost of the next contender.
+_PAUSE = 5e-3
+_SHORTEST = 1e-3
+# A first run that takes longer than this is no longer one that loads modules for the most part.
+_LOADING = 2.0
 
 
 def alternate(
@@ -40,10 +48,56 @@ def alternate(
         if turn and time.perf_counter() >= end:
             break
         for name, run in contenders.items():
+            _let_others_sleep()
             start = time.perf_counter()
             run()
             taken[name].append(time.perf_counter() - start)
     return taken
+
+
+def in_turn(
+    contenders: Mapping[str, Callable[[], object]],
+    once: Mapping[str, float],
+    *,
+    rounds: int,
+    seconds: float = float("inf"),
+) -> dict[str, float]:
+    """Median seconds of contenders that have run, each so often in a row that the clock can tell.
+
+    Parameters
+    ----------
+    contenders, rounds, seconds
+        As for `alternate`.
+    once : mapping of str to float
+        About how many seconds a run of each takes.
+    """
+    repeats = {name: max(1, round(_SHORTEST / once[name])) for name in contenders}
+    looped = {name: partial(_loop, run, repeats[name]) for name, run in contenders.items()}
+    taken = alternate(looped, rounds=rounds, seconds=seconds, warm=True)
+    return {name: value / repeats[name] for name, value in medians(taken).items()}
+
+
+def clocked(run: Callable[[], Any]) -> tuple[Any, float]:
+    """Return what a run returns, and the seconds it takes: of two runs the second, unless they are long."""
+    found, seconds = _clocked(run)
+    return _clocked(run) if seconds < _LOADING else (found, seconds)
+
+
+def _clocked(run: Callable[[], Any]) -> tuple[Any, float]:
+    start = time.perf_counter()
+    return run(), time.perf_counter() - start
+
+
+def _loop(run: Callable[[], Any], repeats: int) -> None:
+    for _ in range(repeats):
+        run()
+
+
+def _let_others_sleep() -> None:
+    # Without sleeping: a core that was idle is slow to come back.
+    end = time.perf_counter() + _PAUSE
+    while time.perf_counter() < end:
+        pass
 
 
 def medians(taken: Mapping[str, list[float]]) -> dict[str, float]:

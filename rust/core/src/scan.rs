@@ -12,8 +12,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Samples one thread scans before it looks for more work: a few milliseconds.
 const PIECE: usize = 1 << 20;
-/// Fewer samples are scanned by the calling thread alone: starting another takes as long.
-const WORTH_A_THREAD: usize = 1 << 18;
+/// Fewer samples are scanned by the calling thread alone: to wake another core was seen to cost up to some milliseconds.
+const WORTH_A_THREAD: usize = 1 << 20;
 /// Edges compared with a key that is loaded once.
 const TOGETHER: usize = 6;
 
@@ -74,7 +74,7 @@ pub(crate) fn pieces(len: usize, run: &Run) -> Vec<Range<usize>> {
     let piece = if len >= WORTH_A_THREAD && run.threads() > 1 {
         (len / (4 * run.threads()))
             .next_multiple_of(BLOCK)
-            .clamp(WORTH_A_THREAD / 4, PIECE)
+            .clamp(WORTH_A_THREAD / 8, PIECE)
     } else {
         PIECE
     };
