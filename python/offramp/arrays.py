@@ -76,24 +76,23 @@ def as_floats(value: Any, argument: str) -> Floats:
 def plain_tensor(value: Any) -> Floats | None:
     """Read a torch row or matrix whose memory can be used as it is, in a microsecond; ``None`` for all else."""
     torch = sys.modules.get("torch")
-    if (
-        torch is None
-        or type(value) is not torch.Tensor
-        or value.layout is not torch.strided
-        or value.ndim not in (1, 2)
-        or value.numel() == 0
-        or not (value.is_cpu and value.is_contiguous())
-        or value.requires_grad
-        or value.is_neg()
-    ):
+    if torch is None or type(value) is not torch.Tensor:
         return None
-    if value.dtype is torch.float32:
-        return Floats(value.numpy(), "float32")
-    if value.dtype is torch.bfloat16:
-        return Floats(value.view(torch.uint16).numpy(), "bfloat16")
-    if value.dtype is torch.float16:
-        return Floats(value.view(torch.uint16).numpy(), "float16")
-    return None
+    dtype = value.dtype
+    try:
+        # torch itself refuses what has no such memory: other devices, sparse, negated, in need of a gradient.
+        if dtype is torch.float32:
+            floats = Floats(value.numpy(), "float32")
+        elif dtype is torch.bfloat16:
+            floats = Floats(value.view(torch.uint16).numpy(), "bfloat16")
+        elif dtype is torch.float16:
+            floats = Floats(value.view(torch.uint16).numpy(), "float16")
+        else:
+            return None
+    except (RuntimeError, TypeError):
+        return None
+    array = floats.values
+    return floats if array.ndim in (1, 2) and array.size and array.flags.c_contiguous else None
 
 
 def as_labels(value: Any, argument: str) -> Labels:

@@ -64,7 +64,7 @@ def top2_margin(logits: Any) -> tuple[Tokens, Margins]:
     >>> token, round(margin, 6)
     (1, 0.5)
     """
-    if (row := _core.top2_margin_plain(logits)) is not None:
+    if isinstance(logits, np.ndarray) and (row := _core.top2_margin_plain(logits)) is not None:
         return row
     values, dtype = plain_tensor(logits) or read_logits(logits)
     if values.ndim == 1:

@@ -8,9 +8,8 @@ from functools import partial
 from statistics import median
 from typing import Any
 
-# OpenMP's threads wait for more work by spinning, some milliseconds long, at the cost of the next contender.
-_PAUSE = 5e-3
-_SHORTEST = 1e-3
+# Long enough that the last contender's threads, which spin for some milliseconds before they sleep, matter little.
+_SHORTEST = 2e-2
 # A first run that takes longer than this is no longer one that loads modules for the most part.
 _LOADING = 2.0
 
@@ -48,7 +47,6 @@ def alternate(
         if turn and time.perf_counter() >= end:
             break
         for name, run in contenders.items():
-            _let_others_sleep()
             start = time.perf_counter()
             run()
             taken[name].append(time.perf_counter() - start)
@@ -91,13 +89,6 @@ def _clocked(run: Callable[[], Any]) -> tuple[Any, float]:
 def _loop(run: Callable[[], Any], repeats: int) -> None:
     for _ in range(repeats):
         run()
-
-
-def _let_others_sleep() -> None:
-    # Without sleeping: a core that was idle is slow to come back.
-    end = time.perf_counter() + _PAUSE
-    while time.perf_counter() < end:
-        pass
 
 
 def medians(taken: Mapping[str, list[float]]) -> dict[str, float]:

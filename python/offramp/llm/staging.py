@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from offramp import _core
+from offramp.arrays import plain_tensor
 
 _NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
@@ -73,10 +74,10 @@ class Stage:
     def _read(self, logits: torch.Tensor) -> NDArray[Any]:
         """Logits as memory of the host, valid until the next call."""
         if self._stream is None:
-            # A step's logits need none of this, and each takes as long as a numpy view of them.
-            if logits.requires_grad or logits.is_neg() or not (logits.is_cpu and logits.is_contiguous()):
-                logits = logits.detach().resolve_neg().cpu().contiguous()
-            return _view(logits)
+            floats = plain_tensor(logits)
+            return (
+                _view(logits.detach().resolve_neg().cpu().contiguous()) if floats is None else floats.values
+            )
         key = (logits.shape, logits.dtype)
         if key not in self._buffers:
             buffer = self._stream.buffer(logits)
