@@ -80,7 +80,7 @@ def _shown(cell):
     return re.sub(r"^inf$", "never", cell)
 
 
-@pytest.mark.parametrize("page", ["docs/paper.md", "docs/benchmarks.md", "README.md"])
+@pytest.mark.parametrize("page", ["docs/paper.md", "docs/benchmarks.md", "docs/training.md", "README.md"])
 def test_measured_numbers_are_those_of_their_files(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     tables = MEASURED.findall(text)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import EngFormatter, PercentFormatter
 
 from offramp.evaluation.palette import marks
 from offramp.llm.training import COVERAGE_EPS, HeadMetrics
@@ -41,6 +41,7 @@ def plot_training(history: Sequence[HeadMetrics], file: Path) -> None:
     right.set_title(f"Tokens that would exit at ε = {_SHOWN_EPS:g}")
     for ax in (left, right):
         ax.set_xlabel("tokens trained on, counted again every epoch")
+        ax.xaxis.set_major_formatter(EngFormatter(sep=""))
         ax.yaxis.set_major_formatter(PercentFormatter(1))
         ax.set_ylim(bottom=0)
         ax.spines[["top", "right"]].set_visible(False)
