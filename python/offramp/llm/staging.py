@@ -14,7 +14,6 @@ import torch
 from numpy.typing import NDArray
 
 from offramp import _core
-from offramp.arrays import plain_tensor
 
 _NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
@@ -74,10 +73,14 @@ class Stage:
     def _read(self, logits: torch.Tensor) -> NDArray[Any]:
         """Logits as memory of the host, valid until the next call."""
         if self._stream is None:
-            floats = plain_tensor(logits)
-            return (
-                _view(logits.detach().resolve_neg().cpu().contiguous()) if floats is None else floats.values
-            )
+            try:
+                view = _view(logits)
+            except (RuntimeError, TypeError):
+                # In need of a gradient, negated, or elsewhere; to ask beforehand takes as long as to look.
+                view = None
+            if view is None or not view.flags.c_contiguous:
+                view = _view(logits.detach().resolve_neg().cpu().contiguous())
+            return view
         key = (logits.shape, logits.dtype)
         if key not in self._buffers:
             buffer = self._stream.buffer(logits)
