@@ -74,7 +74,7 @@ def rows_of(ee, reading, kind, point, seconds):
 
 def draw(rows, layers, file):
     """Agreement of every head on what it takes, against the target, a panel for each kind."""
-    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    figure = Figure(figsize=(11.5, 3.6), layout="constrained")
     panels = figure.subplots(1, len(KINDS), sharey=True)
     for ax, kind in zip(panels, KINDS, strict=True):
         for layer, colour in zip([*layers, "all"], [*marks(len(layers), dark=False), "black"], strict=True):
@@ -90,7 +90,7 @@ def draw(rows, layers, file):
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(alpha=0.2)
     panels[0].set_ylabel("agreement on held-out text")
-    panels[0].legend(frameon=False)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
     figure.savefig(file, dpi=130)
 
 
