@@ -24,6 +24,7 @@ import offramp
 import torch
 from lossless import TIE, gap_at_difference
 from offramp import machine
+from offramp.evaluation.tables import write_csv
 from offramp.llm.planning import make_plan
 from offramp.llm.prompts import prompts as shipped_prompts
 from offramp.llm.sequences import TokenSequence, encode_prompts
@@ -49,7 +50,7 @@ class Race:
 
 def modes(ee, eps):
     """Our contenders by name, as mode and thresholds: the calibration's, and those the planner chose."""
-    scores = ee.score(ee.continue_greedily(shipped_prompts("calibration"), tokens=2000))
+    scores = ee.score(ee.continue_greedily(shipped_prompts("calibration"), tokens=1000))
     found = {OFF: ("off", None)}
     plan = ee.plan(eps[0], scores=scores, measure=0)
     for target in eps:
@@ -189,15 +190,19 @@ def rows(ee, results):
         }
 
 
+def depths_of(row):
+    """A row's tokens by layer, in words."""
+    return ", ".join(f"{layer}: {count}" for layer, count in row["tokens_by_exit"].items() if count)
+
+
 def table(found):
     """The rows in Markdown.  What the step gains stands in the row of exits off, what exits gain in the last ratio."""
     yield "| | tokens/s | × transformers | × exits off | agreement | same text | tokens by layer |"
     yield "|---|---|---|---|---|---|---|"
     for row in found:
-        depths = ", ".join(f"{layer}: {count}" for layer, count in row["tokens_by_exit"].items() if count)
         yield (
             f"| {row['name']} | {row['tokens_per_second']:.1f} | {row['over_transformers']:.2f} "
-            f"| {row['over_exits_off']:.2f} | {row['agreement']:.3f} | {row['same_text']} | {depths} |"
+            f"| {row['over_exits_off']:.2f} | {row['agreement']:.3f} | {row['same_text']} | {depths_of(row)} |"
         )
 
 
@@ -250,10 +255,12 @@ def main():
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--dtypes", nargs="+", choices=TIE, default=list(TIE))
     parser.add_argument("--output", type=Path, help="file of results, which an interrupted run continues")
+    parser.add_argument("--table", type=Path, help="file the rows of all dtypes are written to, as CSV")
     parser.add_argument("--at-most", type=int, default=10**6, help="prompts to time before stopping")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    everything = []
     for dtype in arguments.dtypes:
         ee = offramp.EarlyExitModel.from_pretrained(arguments.folder, dtype=getattr(torch, dtype))
         texts = shipped_prompts("held_out")[: arguments.prompts]
@@ -273,9 +280,13 @@ def main():
             print(f"{len(kept.results)} of {len(prompts)} prompts", file=sys.stderr, flush=True)
         if len(kept.results) == len(prompts):
             print(f"\n{dtype}, {len(prompts)} prompts, at most {arguments.tokens} new tokens each\n")
-            print("\n".join(table(rows(ee, kept.results))), flush=True)
+            found = list(rows(ee, kept.results))
+            print("\n".join(table(found)), flush=True)
+            everything += [{"dtype": dtype} | row | {"tokens_by_exit": depths_of(row)} for row in found]
             for name, gaps in partings(ee, kept.results):
                 print(f"{name}: logits apart where its texts part from transformers': {gaps}")
+    if arguments.table:
+        write_csv(arguments.table, everything)
     print(json.dumps({"threads": torch.get_num_threads(), "machine": machine.describe()}))
 
 

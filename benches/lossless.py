@@ -15,6 +15,7 @@ from pathlib import Path
 import offramp
 import torch
 from offramp import machine
+from offramp.evaluation.tables import write_csv
 from offramp.llm.prompts import prompts as shipped_prompts
 from offramp.llm.sequences import encode_prompts, left_pad
 
@@ -98,6 +99,7 @@ def main():
     parser.add_argument("--eps", type=float, help="thresholds for this ε instead of the calibration's own")
     parser.add_argument("--dtype", choices=TIE, default="float32")
     parser.add_argument("--output", type=Path, help="file of results, which an interrupted run continues")
+    parser.add_argument("--table", type=Path, help="file the sums are written to, as CSV")
     arguments = parser.parse_args()
     ee = offramp.EarlyExitModel.from_pretrained(arguments.folder, dtype=getattr(torch, arguments.dtype))
     texts = [text for split in ("held_out", "calibration", "training") for text in shipped_prompts(split)]
@@ -114,6 +116,9 @@ def main():
         print(f"{len(results)} prompts, gaps of those that part {gaps}", file=sys.stderr, flush=True)
     told = summary(results, TIE[arguments.dtype])
     settings = {"batch": arguments.batch, "eps": arguments.eps, "dtype": arguments.dtype}
+    if arguments.table:
+        gaps = " ".join(f"{gap:.2g}" for gap in told["gaps_at_first_difference"])
+        write_csv(arguments.table, [told | settings | {"gaps_at_first_difference": gaps}])
     print(json.dumps(told | settings | {"machine": machine.describe()}, indent=2))
     return int(told["wrong"] > 0)
 

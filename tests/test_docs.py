@@ -43,6 +43,7 @@ def test_the_readmes_links_lead_somewhere():
         "docs/how-to.md",
         "docs/training.md",
         "docs/paper.md",
+        "docs/speed.md",
     ):
         for link in re.findall(r"\]\(([^)#]+)\)", (ROOT / name).read_text(encoding="utf-8")):
             if not link.startswith("https://"):
@@ -80,7 +81,9 @@ def _shown(cell):
     return re.sub(r"^inf$", "never", cell)
 
 
-@pytest.mark.parametrize("page", ["docs/paper.md", "docs/benchmarks.md", "docs/training.md", "README.md"])
+@pytest.mark.parametrize(
+    "page", ["docs/paper.md", "docs/benchmarks.md", "docs/speed.md", "docs/training.md", "README.md"]
+)
 def test_measured_numbers_are_those_of_their_files(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     tables = MEASURED.findall(text)
