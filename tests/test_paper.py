@@ -5,7 +5,6 @@ import json
 import math
 from dataclasses import replace
 from importlib.util import find_spec
-from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
@@ -218,14 +217,15 @@ def test_heads_that_are_not_calibrated_are_named(tiny, tmp_path, command):
 
 
 def test_csv_cells_come_back_as_they_were(tmp_path):
-    rows = [{"a": 1, "b": 0.1, "c": math.inf, "d": "x, y", "e": True}, {"a": 2, "f": -1.5}]
+    rows = [{"a": 1, "b": 0.1, "c": math.inf, "d": "x, y", "e": True}, {"a": 2, "b": math.nan, "f": -1.5}]
     write_csv(tmp_path / "rows.csv", rows)
     first, second = read_csv(tmp_path / "rows.csv")
     assert {name: first[name] for name in rows[0]} == rows[0]
     assert (second["a"], second["f"]) == (2, -1.5)
     assert math.isnan(second["b"])
     assert np.isnan(first["f"])
-    assert Path(tmp_path / "rows.csv").read_text().startswith("a,b,c,d,e,f\n")
+    # What is not a number leaves its cell empty, in the file as well.
+    assert (tmp_path / "rows.csv").read_text() == 'a,b,c,d,e,f\n1,0.1,inf,"x, y",True,\n2,,,,,-1.5\n'
 
 
 def reading(margin, correct, groups):
