@@ -427,7 +427,7 @@ def test_an_interrupt_leaves_nothing_half_written(workplace, tmp_path):
         ("demo", "offramp.evaluation.report.draw_all"),
         ("demo", "pathlib.Path.write_text"),
         ("threshold", "offramp.cli.threshold.fast_calibrate"),
-        ("bench", "offramp.evaluation.calibration_speed.alternate"),
+        ("bench", "offramp.evaluation.timing.alternate"),
         ("info", "offramp.machine.versions"),
     ],
 )
