@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Samples one thread scans before it looks for more work: a few milliseconds.
 const PIECE: usize = 1 << 20;
-/// Fewer samples are scanned by the calling thread alone: to wake another core was seen to cost up to some milliseconds.
+/// Fewer samples are scanned by the calling thread alone: starting another was seen to gain nothing.
 const WORTH_A_THREAD: usize = 1 << 20;
 /// Edges compared with a key that is loaded once.
 const TOGETHER: usize = 6;
