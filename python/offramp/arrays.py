@@ -131,6 +131,7 @@ def as_targets(value: Any, argument: str) -> tuple[NDArray[np.float64], bool]:
     ValueError
         More than one dimension, none given, NaN, or outside [0, 1].
     """
+    # What is given most often, read in a tenth of the time.
     if type(value) is float and 0.0 <= value <= 1.0:
         return np.array([value]), True
     array, name = _memory(value, argument)
@@ -211,6 +212,7 @@ def _require_values(array: NDArray[Any], argument: str) -> None:
 def _readable(array: NDArray[Any]) -> NDArray[Any]:
     """Make memory aligned, C-contiguous and of native byte order; no copy when it is so already."""
     flags = array.flags
+    # np.require takes two microseconds to find that nothing is required.
     if flags.c_contiguous and flags.aligned and array.dtype.isnative:
         return array
     if not array.dtype.isnative:

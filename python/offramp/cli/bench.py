@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from importlib.util import find_spec
 from math import nan
 from pathlib import Path
@@ -25,9 +26,8 @@ from offramp.evaluation.peers.decision import (
     like_a_model,
 )
 from offramp.evaluation.tables import write_csv
-from offramp.evaluation.timing import clocked, in_turn
+from offramp.evaluation.timing import in_turn
 
-Contenders = dict[str, Callable[[], Any]]
 _EPS = 0.9
 
 
@@ -101,17 +101,6 @@ def bench(
     )
 
 
-def _timed(contenders: Contenders, same: Callable[[Any, Any], bool], rounds: int) -> dict[str, float]:
-    """Seconds of each contender, timed in turns once they agree."""
-    expected, once = None, {}
-    for name, run in contenders.items():
-        found, once[name] = clocked(run)
-        expected = found if expected is None else expected
-        if not same(expected, found):
-            raise RuntimeError(f"{name} finds something else, so its time means nothing")
-    return in_turn(contenders, once, rounds=rounds, seconds=60)
-
-
 def _rows(results: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Lay results out as rows: what was timed, on what, by whom."""
     calibrate = results.get("calibrate", {})
@@ -171,7 +160,13 @@ def _decisions(session: Session, vocabulary: int | None, rounds: int) -> dict[st
         logits = like_a_model(size, session.seed)
         for dtype in dtypes:
             session.say(f"timing decide: {size:,} logits, {dtype}")
-            seconds[f"{size} {dtype}"] = _timed(contenders(logits, dtype), _close, rounds)
+            seconds[f"{size} {dtype}"] = in_turn(
+                contenders(logits, dtype),
+                partial(agree, within=SOFTMAX_WITHIN),
+                rounds=rounds,
+                seconds=60,
+                unlike={READ},
+            )
     session.show(_decision_table(seconds))
     return seconds
 
@@ -190,11 +185,6 @@ def _decision_table(seconds: dict[str, dict[str, float]]) -> Table:
         )
         table.add_row(f"{int(size):,}", dtype, f"{1e6 * ours:,.1f}", *peers, f"{ours / found[READ]:.1f}")
     return table
-
-
-def _close(one: Any, other: Any) -> bool:
-    # One read finds no margin.
-    return not isinstance(other, tuple) or agree(one, other, SOFTMAX_WITHIN)
 
 
 def _table(title: str, seconds: dict[str, float]) -> Table:

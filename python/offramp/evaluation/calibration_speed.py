@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from offramp.calibration import fast_calibrate
 from offramp.evaluation.peers.calibration import by_argsort, one_read, peers
-from offramp.evaluation.timing import clocked, in_turn
+from offramp.evaluation.timing import in_turn
 
 OURS, READ = "offramp", "one read of the inputs"
 # What the usual code allocates for a sample: indices, sorted copies, sums, quotients.
@@ -31,7 +31,7 @@ def uniform(size: int, seed: int) -> Samples:
 
 
 def by_size(
-    sizes: Sequence[int], *, eps: float, rounds: int, threads: int | None, seed: int, patience: float = 4.0
+    sizes: Sequence[int], *, eps: float, rounds: int, threads: int | None, seed: int, patience: float
 ) -> Iterator[tuple[int, Seconds]]:
     """Time all contenders on ascending sizes, as long as the data fits into memory.
 
@@ -72,7 +72,7 @@ def by_size(
         for name, search in peers(scores).items():
             if name not in slow:
                 contenders[name] = partial(search, scores, correct, eps)
-        seconds = timed(contenders, rounds, unlike={READ})
+        seconds = in_turn(contenders, np.array_equal, rounds=rounds, unlike={READ})
         yield size, seconds
         slow |= {
             name for name, value in seconds.items() if value * 10 > patience and name not in (OURS, READ)
@@ -94,7 +94,7 @@ def heads_and_targets(
         OURS: lambda: fast_calibrate(scores, correct, eps, threads=threads),
         "numpy argsort + cumsum, in a loop": loop,
     }
-    return timed(contenders, min(rounds, 3)), (heads, len(eps))
+    return in_turn(contenders, np.array_equal, rounds=min(rounds, 3)), (heads, len(eps))
 
 
 def by_kind(size: int, *, eps: float, rounds: int, threads: int | None, seed: int) -> Seconds:
@@ -119,19 +119,7 @@ def by_kind(size: int, *, eps: float, rounds: int, threads: int | None, seed: in
     contenders: dict[str, Callable[[], Any]] = {
         kind: partial(fast_calibrate, *samples, eps, threads=threads) for kind, samples in kinds.items()
     }
-    return timed(contenders, rounds, unlike=set(kinds))
-
-
-def timed(contenders: dict[str, Callable[[], Any]], rounds: int, unlike: Collection[str] = ()) -> Seconds:
-    """Time contenders in turn after all but the `unlike` have found the same as the first."""
-    expected, once = None, {}
-    for name, run in contenders.items():
-        found, once[name] = clocked(run)
-        if name not in unlike:
-            expected = found if expected is None else expected
-            if not np.array_equal(found, expected):
-                raise RuntimeError(f"{name} found another threshold, so its time means nothing")
-    return in_turn(contenders, once, rounds=rounds)
+    return in_turn(contenders, np.array_equal, rounds=rounds, unlike=set(kinds))
 
 
 def draw(rows: Sequence[tuple[int, Seconds]], path: Path) -> None:

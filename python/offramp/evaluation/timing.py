@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from statistics import median
 from typing import Any
@@ -19,28 +19,23 @@ def alternate(
     *,
     rounds: int,
     seconds: float = float("inf"),
-    warm: bool = False,
 ) -> dict[str, list[float]]:
-    """Run every contender once to warm up, then all in turn, and return the seconds each run took.
+    """Run contenders, which should be warm, all in turn, and return the seconds each run took.
 
     Parameters
     ----------
     contenders : mapping of str to callable
         What to time.
     rounds : int
-        How often to run each, the warm-up not counted.
+        How often to run each.
     seconds : float
         Start no further round once this much time is used; each contender is timed at least once.
-    warm : bool
-        They have run already.
 
     Returns
     -------
     dict of str to list of float
         Wall-clock seconds, one a round.
     """
-    for run in () if warm else contenders.values():
-        run()
     taken: dict[str, list[float]] = {name: [] for name in contenders}
     end = time.perf_counter() + seconds
     for turn in range(rounds):
@@ -54,31 +49,42 @@ def alternate(
 
 
 def in_turn(
-    contenders: Mapping[str, Callable[[], object]],
-    once: Mapping[str, float],
+    contenders: Mapping[str, Callable[[], Any]],
+    same: Callable[[Any, Any], Any],
     *,
     rounds: int,
     seconds: float = float("inf"),
+    unlike: Collection[str] = (),
 ) -> dict[str, float]:
-    """Median seconds of contenders that have run, each so often in a row that the clock can tell.
+    """Median seconds of contenders that find the same, each run so often in a row that the clock can tell.
 
     Parameters
     ----------
     contenders, rounds, seconds
         As for `alternate`.
-    once : mapping of str to float
-        About how many seconds a run of each takes.
+    same : callable
+        Whether what a contender found is what the first one found.
+    unlike : collection of str
+        Those that look for something else, such as one read of the input.
+
+    Raises
+    ------
+    RuntimeError
+        A contender found something else.
     """
+    found, once = {}, {}
+    for name, run in contenders.items():
+        found[name], once[name] = _clocked(run)
+        if once[name] < _LOADING:
+            once[name] = _clocked(run)[1]
+    alike = [name for name in contenders if name not in unlike]
+    for name in alike[1:]:
+        if not same(found[alike[0]], found[name]):
+            raise RuntimeError(f"{name} found another threshold or margin, so its time means nothing")
     repeats = {name: max(1, round(_SHORTEST / once[name])) for name in contenders}
     looped = {name: partial(_loop, run, repeats[name]) for name, run in contenders.items()}
-    taken = alternate(looped, rounds=rounds, seconds=seconds, warm=True)
+    taken = alternate(looped, rounds=rounds, seconds=seconds)
     return {name: value / repeats[name] for name, value in medians(taken).items()}
-
-
-def clocked(run: Callable[[], Any]) -> tuple[Any, float]:
-    """Return what a run returns, and the seconds it takes: of two runs the second, unless they are long."""
-    found, seconds = _clocked(run)
-    return _clocked(run) if seconds < _LOADING else (found, seconds)
 
 
 def _clocked(run: Callable[[], Any]) -> tuple[Any, float]:

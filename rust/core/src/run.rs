@@ -152,17 +152,14 @@ impl<'a> Run<'a> {
         let next = || queue.lock().unwrap_or_else(PoisonError::into_inner).next();
         let through = |check: Check<'_>| {
             let mut sum = zero();
-            let done = loop {
-                match check().map(|()| next()) {
-                    Ok(Some(task)) => {
-                        if let Err(error) = work(&mut sum, task, check) {
-                            break Err(error);
-                        }
-                    }
-                    Ok(None) => break Ok(()),
-                    Err(error) => break Err(error),
+            let mut all = || -> Result<()> {
+                loop {
+                    check()?;
+                    let Some(task) = next() else { return Ok(()) };
+                    work(&mut sum, task, check)?;
                 }
             };
+            let done = all();
             stop.fetch_or(done.is_err(), Ordering::Relaxed);
             done.map(|()| sum)
         };
