@@ -33,7 +33,7 @@ def train(folder: Path, progress=None, processes=None) -> Trainer:
     heads = build_heads(trunk, corpus, (2, 4), HeadConfig("adapter", shortlist=50), 4)
     if processes.first:
         processes.wait()
-    config = TrainingConfig(epochs=2, batch_size=64, seed=4)
+    config = TrainingConfig(epochs=2, batch_size=64, seed=4, precision="float32")
     state = folder / "state.safetensors"
     trainer = Trainer(
         trunk, heads, corpus, config, checkpoint=state, checkpoint_seconds=0, processes=processes

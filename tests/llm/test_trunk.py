@@ -150,8 +150,10 @@ def test_rows_of_halves_by_either_product(monkeypatch, rows, dtype, biased):
     expected = torch.nn.functional.linear(hidden.double(), weight.double()).to(dtype)
     expected = expected if bias is None else expected + bias
     monkeypatch.setattr(lean, "_PART", 7)
-    for columns in (True, False):
+    monkeypatch.setattr(lean, "_WIDE", 24)
+    for columns, units in ((True, False), (False, True), (False, False)):
         monkeypatch.setattr(lean, "_ROWS_AS_COLUMNS", columns)
+        monkeypatch.setattr(lean, "BFLOAT16_UNITS", units)
         torch.testing.assert_close(lean.linear(hidden, weight, bias), expected, rtol=1e-2, atol=1e-2)
 
 

@@ -27,6 +27,7 @@ from offramp.errors import InputError, StorageError
 from offramp.llm.data import Batch, Corpus, batches
 from offramp.llm.files import written_whole
 from offramp.llm.heads import ExitHead, ExitHeads, HeadConfig, choose_shortlist, make_head, output_rows
+from offramp.llm.lean import BFLOAT16_UNITS
 from offramp.llm.metrics import MetricsLog
 from offramp.llm.processes import Processes
 from offramp.llm.states import Progress
@@ -61,7 +62,7 @@ class TrainingConfig:
         Seed of initial weights and the order of the sequences.
     precision : {"auto", "float32", "bfloat16"}
         What matrix products are computed in; parameters, softmax and targets are float32 in any case.  ``"auto"`` is
-        bfloat16 on a GPU that has it.
+        bfloat16 on a GPU that has it and on a CPU whose matrix units (AMX) do.
     patience : int, optional
         Stop when no head has agreed more on the sequences held back for so many epochs; ``None``: never.  Each head
         keeps the parameters it agreed most with, in either case.
@@ -133,56 +134,14 @@ Watch = Callable[[list[HeadMetrics]], None]
 """Called with the metrics of every head, several times an epoch."""
 
 
-class _ExitLoss(torch.autograd.Function):
-    """Sum over tokens of equation (1), with the gradient written out.
-
-    With q = softmax(z) and H its entropy, d/dz of (1-λ)·CE - λ·H is (1-λ)(q - p) + λ·q·(log q + H); computing it in
-    the forward pass frees the logits at once and halves the work autograd would do.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        features: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        target: torch.Tensor,
-        entropy_weight: float,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        log_q = torch.nn.functional.linear(features, weight, bias).to(target.dtype)
-        log_q -= log_q.logsumexp(dim=-1, keepdim=True)
-        q = log_q.exp()
-        cross_entropy = -torch.linalg.vecdot(target, log_q)
-        entropy = -torch.linalg.vecdot(q, log_q)
-        choice = log_q.argmax(dim=-1)
-        loss = (1 - entropy_weight) * cross_entropy.sum() - entropy_weight * entropy.sum()
-        if entropy_weight:
-            log_q += entropy[:, None]
-            gradient = torch.lerp(q - target, log_q.mul_(q), entropy_weight)
-        else:
-            gradient = q.sub_(target)
-        needs = ctx.needs_input_grad
-        ctx.save_for_backward(
-            (gradient @ weight).to(features.dtype) if needs[0] else None,
-            (gradient.T @ features).to(weight.dtype) if needs[1] else None,
-            gradient.sum(dim=0) if bias is not None and needs[2] else None,
-        )
-        ctx.mark_non_differentiable(entropy, choice)
-        return loss, entropy, choice
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
-        saved = [None if tensor is None else grad * tensor for tensor in ctx.saved_tensors]
-        return (*saved, None, None)
-
-
+@torch.no_grad()
 def exit_loss(
     features: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     target: torch.Tensor,
     entropy_weight: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Equation (1) of Valade (2024) for one head: ``(1-λ)·CE(p_k, p_θ) - λ·Entropy(p_k)``, summed over tokens.
 
     Parameters
@@ -199,16 +158,43 @@ def exit_loss(
     Returns
     -------
     loss : scalar
-        Differentiable with respect to features, weight and bias.
+        In nats; what training follows is its gradient, from `exit_gradient`.
     entropy : (n,)
         Entropy of the head's distribution, nats.
-    choice : (n,) int64
-        The head's first choice, as a row number.
     """
-    result: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = _ExitLoss.apply(
-        features, weight, bias, target, entropy_weight
-    )
-    return result
+    log_q = _log_probabilities(features, weight, bias, target.dtype)
+    cross_entropy = -torch.linalg.vecdot(target, log_q)
+    entropy = -torch.linalg.vecdot(log_q.exp(), log_q)
+    return (1 - entropy_weight) * cross_entropy.sum() - entropy_weight * entropy.sum(), entropy
+
+
+@torch.no_grad()
+def exit_gradient(
+    features: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    target: torch.Tensor,
+    entropy_weight: float,
+) -> torch.Tensor:
+    """Gradient (n, S) of `exit_loss` by the head's logits z, written out.
+
+    With q = softmax(z) and H its entropy it is ``(1-λ)(q - p_θ) + λ·q·(log q + H)``.  Automatic differentiation would
+    keep the logits and pass over them several times more, which at thousands of tokens is most of a head's training.
+    """
+    if not entropy_weight:
+        logits = torch.nn.functional.linear(features, weight, bias)
+        return torch.softmax(logits, dim=-1, dtype=target.dtype).sub_(target)
+    log_q = _log_probabilities(features, weight, bias, target.dtype)
+    q = log_q.exp()
+    log_q -= torch.linalg.vecdot(q, log_q)[:, None]
+    return torch.lerp(q - target, log_q.mul_(q), entropy_weight)
+
+
+def _log_probabilities(
+    features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
+    logits = torch.nn.functional.linear(features, weight, bias)
+    return torch.log_softmax(logits, dim=-1, dtype=dtype)
 
 
 class Teacher:
@@ -286,6 +272,7 @@ class Trainer:
         self.layers = heads.layers
         self.teacher = Teacher(trunk, heads.after(self.layers[0]).shortlist)
         self.processes = processes or Processes()
+        self._narrowed: dict[int, torch.Tensor] = {}
         self.generated, self.lengths = corpus.generated, corpus.lengths
         self.train, watched = corpus.split()
         watched = watched if len(watched) else self.train
@@ -356,6 +343,7 @@ class Trainer:
     @torch.no_grad()
     def watch(self) -> list[HeadMetrics]:
         """Metrics of every head on the sequences held back (on those trained on if there are none)."""
+        weight = self.config.entropy_weight
         sums = torch.zeros(len(self.layers), 2, dtype=torch.float64)
         margins: list[list[NDArray[np.float32]]] = [[] for _ in self.layers]
         right: list[list[NDArray[np.bool_]]] = [[] for _ in self.layers]
@@ -366,7 +354,8 @@ class Trainer:
                 target = self._target(batch, rows)
                 for index, layer in enumerate(self.layers):
                     head = self.heads.after(layer)
-                    loss, entropy, _ = self._loss(head, features[index][rows], target)
+                    with self._precision():
+                        loss, entropy = exit_loss(features[index][rows], *self._rows_of(head), target, weight)
                     sums[index] += torch.stack([loss.double(), entropy.double().sum()]).cpu()
                     choice, margin = top2_margin(head.logits(features[index][rows].float()))
                     chosen = head.tokens(torch.as_tensor(choice, device=self.trunk.device)).cpu().numpy()
@@ -404,19 +393,36 @@ class Trainer:
         All heads read the piece; then their logits are made and taken back, some rows and one head at a time.
         """
         features = self._features(batch)
-        leaves = [rows.detach().float().requires_grad_() for rows in features]
+        backwards = [torch.zeros_like(rows) for rows in features]
         for rows in self._chunks(len(batch)):
             target = self._target(batch, rows)
-            for layer, leaf in zip(self.layers, leaves, strict=True):
-                loss, _, _ = self._loss(self.heads.after(layer), leaf[rows], target)
-                (loss / total).backward()
-        differentiable = [
-            (rows, leaf) for rows, leaf in zip(features, leaves, strict=True) if rows.requires_grad
-        ]
-        torch.autograd.backward(
-            [rows for rows, _ in differentiable],
-            [leaf.grad.to(rows.dtype) for rows, leaf in differentiable if leaf.grad is not None],
-        )
+            for layer, read, backward in zip(self.layers, features, backwards, strict=True):
+                self._go_back(self.heads.after(layer), read[rows].detach(), backward[rows], target, total)
+        differentiable = [pair for pair in zip(features, backwards, strict=True) if pair[0].requires_grad]
+        torch.autograd.backward([rows for rows, _ in differentiable], [grad for _, grad in differentiable])
+
+    @torch.no_grad()
+    def _go_back(
+        self, head: ExitHead, features: torch.Tensor, backward: torch.Tensor, target: torch.Tensor, total: int
+    ) -> None:
+        """Write the gradient by some rows' features into ``backward``, and add that by output rows that are trained."""
+        weight, bias = self._rows_of(head)
+        with self._precision():
+            gradient = exit_gradient(features, weight, bias, target, self.config.entropy_weight).div_(total)
+            backward.copy_(gradient @ weight)
+            if head.weight.grad is not None:
+                head.weight.grad += gradient.T @ features
+        if head.bias is not None and head.bias.grad is not None:
+            head.bias.grad += gradient.sum(dim=0)
+
+    def _rows_of(self, head: ExitHead) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Output rows of a head as products take them: those that are not trained are narrowed once for all."""
+        if self._narrow and not head.weight.requires_grad:
+            known = self._narrowed.get(id(head.weight))
+            if known is None:
+                known = self._narrowed[id(head.weight)] = head.weight.bfloat16()
+            return known, head.bias
+        return head.weight, head.bias
 
     def _features(self, batch: Batch) -> list[torch.Tensor]:
         device = self.trunk.device
@@ -427,21 +433,17 @@ class Trainer:
                 for layer in self.layers
             ]
 
-    def _loss(
-        self, head: ExitHead, features: torch.Tensor, target: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        with self._precision():
-            return exit_loss(features, head.weight, head.bias, target, self.config.entropy_weight)
-
     def _target(self, batch: Batch, rows: slice) -> torch.Tensor:
         return self.teacher.probabilities(batch.final[rows], batch.log_normalizer[rows])
 
+    @property
+    def _narrow(self) -> bool:
+        wanted = self.config.precision
+        able = torch.cuda.is_bf16_supported() if self.trunk.device.type == "cuda" else BFLOAT16_UNITS
+        return wanted == "bfloat16" or (wanted == "auto" and able)
+
     def _precision(self) -> AbstractContextManager[Any]:
-        kind, wanted = self.trunk.device.type, self.config.precision
-        able = kind == "cuda" and torch.cuda.is_bf16_supported()
-        return torch.autocast(
-            kind, torch.bfloat16, enabled=wanted == "bfloat16" or (wanted == "auto" and able)
-        )
+        return torch.autocast(self.trunk.device.type, torch.bfloat16, enabled=self._narrow)
 
     def _pieces(self, numbers: torch.Tensor) -> Iterator[Batch]:
         """Read sequences a few at a time."""

@@ -20,10 +20,7 @@ _FLOOR = np.float32(-80)
 _ROUNDER = np.float32(1.5 * 2**23 + 127)
 _LOG2_E = np.float32(1.44269504)
 _LN_2 = np.float32(0.6931472)
-_LN_2_HIGH = np.float32(0.69314575)
-_LN_2_LOW = _LN_2 - _LN_2_HIGH
 _C = [np.float32(c) for c in (0.4999923, 0.16667115, 0.04189033, 0.0083125)]
-_ONE = np.float32(1)
 
 
 def top2_margin(logits: Any) -> tuple[Tokens, Margins]:
@@ -77,7 +74,7 @@ def _sum_others(row: NDArray[np.float32], token: int) -> float:
     while len(lanes) > 1:
         lanes = lanes[0::2] + lanes[1::2]
     x = l1 - shift
-    n = (x * _LOG2_E + _ROUNDER) - _ROUNDER
+    n = _mul_add(x, _LOG2_E, _ROUNDER) - _ROUNDER
     power: float = 2.0 ** float(n)
     largest = (1.0 + _expm1_near_zero(float(x) - float(n) * float(_LN_2))) * power
     return float(lanes[0]) / largest
@@ -95,13 +92,28 @@ def _terms(logits: NDArray[np.float32], shift: np.float32) -> NDArray[np.float32
     """exp(logit - shift); what lies below the floor counts as much as the floor."""
     with np.errstate(over="ignore"):  # what is -inf then lies below the floor
         x = np.maximum(logits - shift, _FLOOR)
-    n = (x * _LOG2_E + _ROUNDER) - _ROUNDER
-    r = (x - n * _LN_2_HIGH) - n * _LN_2_LOW
+    n = _mul_add(x, _LOG2_E, _ROUNDER) - _ROUNDER
+    r = _mul_add(n, -_LN_2, x)
     r2 = r * r
-    series = (_C[0] + _C[1] * r) + (_C[2] + _C[3] * r) * r2
-    exp_r = _ONE + (r + series * r2)
-    terms: NDArray[np.float32] = np.ldexp(exp_r, n.astype(np.int32))
-    return terms
+    series = _mul_add(_mul_add(_C[3], r, _C[2]), r2, _mul_add(_C[1], r, _C[0]))
+    power = np.ldexp(np.float32(1), n.astype(np.int32))
+    return _mul_add(_mul_add(series, r2, r), power, power)
+
+
+def _mul_add(a: Any, b: Any, c: Any) -> NDArray[np.float32]:
+    """Multiply and add float32, ``a * b + c``, rounded once.
+
+    The product is exact in float64; a sum that is not is rounded to odd, from where rounding to float32 is as rounding
+    once (Boldo and Melquiond: Emulation of a FMA and correctly rounded sums, 2008).
+    """
+    product, c = np.float64(a) * np.float64(b), np.float64(c)
+    total = np.asarray(product + c)
+    added = total - product
+    rest = (product - (total - added)) + (c - added)
+    bits = total.view(np.int64)
+    outwards = np.where((rest > 0) == (total > 0), 1, -1)
+    odd = np.where((np.abs(rest) > 0) & (bits % 2 == 0), bits + outwards, bits)
+    return odd.view(np.float64).astype(np.float32)
 
 
 def _one_minus_exp(y: float) -> float:

@@ -2,8 +2,9 @@
 //!
 //! Logit i of a block belongs to lane i % 16.  In a block a lane's sixteen terms are added in float32 as a
 //! balanced tree; the lanes of consecutive blocks are added in float64, and at the end the sixteen lanes as a
-//! tree.  The last block is filled up with -inf.  An operation is fused only where its product is exact, so
-//! that fusing it changes nothing; the result is one on every machine.
+//! tree.  The last block is filled up with -inf.  Every product that is added to is added to unrounded: a fused
+//! multiply-add is one operation where processors have it, and what it gives is defined where they have not; so the
+//! result is one on every machine.
 //!
 //! Terms are exp(l - shift), that of the floor where l - shift lies below it; and what `shift` is depends on the
 //! maximum so coarsely that it can be guessed from the first logits: a row is read once, unless the guess turns out
@@ -25,11 +26,7 @@ const FLOOR: f32 = -80.0;
 /// Adding it to a small float32 leaves the rounded integer in the low bits, on top of a float32's exponent bias.
 const ROUNDER: f32 = 12_582_912.0 + 127.0; // 1.5 * 2^23 + bias
 const LOG2_E: f32 = std::f32::consts::LOG2_E;
-/// ln 2, of which float32 keeps 21 significant bits; its product with an exponent n is not exact in float32.
-pub(super) const LN_2: f32 = std::f32::consts::LN_2;
-/// [`LN_2`] in two parts whose products with n are: 15 bits, and 3 / 2^21.
-pub(super) const LN_2_HIGH: f32 = 0.693_145_75;
-pub(super) const LN_2_LOW: f32 = LN_2 - LN_2_HIGH;
+const LN_2: f32 = std::f32::consts::LN_2;
 // exp(r) for |r| <= ln(2)/2 to 1.1e-7 relative: 1 + r + r^2 (C[0] + C[1] r + C[2] r^2 + C[3] r^3), minimax.
 const C: [f32; 4] = [0.499_992_3, 0.166_671_15, 0.041_890_33, 0.008_312_5];
 
@@ -51,15 +48,12 @@ pub trait Simd: Copy {
     fn add(self, a: Self::Lanes, b: Self::Lanes) -> Self::Lanes;
     fn sub(self, a: Self::Lanes, b: Self::Lanes) -> Self::Lanes;
     fn mul(self, a: Self::Lanes, b: Self::Lanes) -> Self::Lanes;
+    /// `a * b + c`, rounded once.
+    fn mul_add(self, a: Self::Lanes, b: Self::Lanes, c: Self::Lanes) -> Self::Lanes;
     /// `a` where it is larger, else (also where one is NaN) `b`.
     fn max(self, a: Self::Lanes, b: Self::Lanes) -> Self::Lanes;
-    /// `x - n * LN_2`, rounded once: fused, or `(x - n * LN_2_HIGH) - n * LN_2_LOW`, where only the last
-    /// operation rounds since n is x / ln 2 to the nearest integer.
-    fn sub_multiple_of_ln_2(self, x: Self::Lanes, n: Self::Lanes) -> Self::Lanes;
     /// The float32 whose exponent is the low bits that [`ROUNDER`] leaves.
     fn power_of_two(self, rounded: Self::Lanes) -> Self::Lanes;
-    /// `(1 + a) * power`, which may be fused: a power of two only scales, whether before rounding or after it.
-    fn one_plus_times(self, a: Self::Lanes, power: Self::Lanes) -> Self::Lanes;
 
     fn no_nan(self) -> Self::Mask;
     fn or_nan(self, mask: Self::Mask, a: Self::Lanes, b: Self::Lanes) -> Self::Mask;
@@ -155,39 +149,19 @@ impl Fault {
 
 type Block<T> = [T; BLOCK];
 
-/// Room for a block's terms in the making; made once a row.
-struct Room<S: Simd> {
-    rounded: [S::Lanes; TERMS],
-    rest: [S::Lanes; TERMS],
-    sums: [S::Lanes; TERMS / 2],
-}
-
-impl<S: Simd> Room<S> {
-    #[inline(always)]
-    fn new(simd: S) -> Self {
-        let zero = simd.splat(0.0);
-        Self {
-            rounded: [zero; TERMS],
-            rest: [zero; TERMS],
-            sums: [zero; TERMS / 2],
-        }
-    }
-}
-
 /// The token and margin of a row.
 #[inline(always)]
 pub(super) fn top2_margin<S: Simd, T: Logit>(simd: S, logits: &[T]) -> Result<Top2, Fault> {
     let mut row = Row::new(logits);
-    let room = &mut Room::new(simd);
     let guess = shift_for(largest(simd, row.range(0), &mut simd.no_nan()));
-    let (peaks, others) = if let Some(total) = row.read(simd, guess, room) {
+    let (peaks, others) = if let Some(total) = row.read(simd, guess) {
         let peaks = row.find_peaks(simd);
-        let others = row.without_token(simd, total, &peaks, guess, room);
+        let others = row.without_token(simd, total, &peaks, guess);
         (peaks, others)
     } else {
         row.survey(simd, logits)?;
         let peaks = row.find_peaks(simd);
-        let others = row.sum_others(simd, &peaks, room);
+        let others = row.sum_others(simd, &peaks);
         (peaks, others)
     };
     Ok(Top2 {
@@ -207,7 +181,7 @@ pub(super) fn exits<S: Simd, T: Logit>(
     row.survey(simd, logits)?;
     let peaks = row.find_peaks(simd);
     let exit = peaks.largest_margin() >= tau && {
-        let others = row.sum_others(simd, &peaks, &mut Room::new(simd));
+        let others = row.sum_others(simd, &peaks);
         f64::from(peaks.margin(others)) >= tau
     };
     Ok((peaks.token, exit))
@@ -275,12 +249,12 @@ impl<'a, T: Logit> Row<'a, T> {
     /// Find the largest logit and add up all terms at once, given how they are shifted; `None` where the largest
     /// wants another shift, or some logit is none.
     #[inline(always)]
-    fn read<S: Simd>(&mut self, simd: S, shift: f32, room: &mut Room<S>) -> Option<S::Doubles> {
+    fn read<S: Simd>(&mut self, simd: S, shift: f32) -> Option<S::Doubles> {
         let mut total = simd.zeros();
         for range in 0..self.ranges {
             let mut high = simd.splat(f32::NEG_INFINITY);
             for block in self.range(range) {
-                let terms = sum_block(simd, block, shift, &mut high, room);
+                let terms = sum_block(simd, block, shift, &mut high);
                 total = simd.widening_add(total, terms);
             }
             self.note(range, simd.largest(high));
@@ -334,7 +308,7 @@ impl<'a, T: Logit> Row<'a, T> {
 
     /// The sum of exp(l - l1) over all logits but the token's, once all ranges have been looked at.
     #[inline(always)]
-    fn sum_others<S: Simd>(&self, simd: S, peaks: &Peaks<T>, room: &mut Room<S>) -> f64 {
+    fn sum_others<S: Simd>(&self, simd: S, peaks: &Peaks<T>) -> f64 {
         let shift = shift_for(peaks.first);
         let mut total = simd.zeros();
         let high = &mut simd.splat(f32::NEG_INFINITY);
@@ -342,18 +316,18 @@ impl<'a, T: Logit> Row<'a, T> {
             let blocks = self.range(range);
             if self.highs[range] - shift <= FLOOR {
                 // One such block is like another.
-                let terms = sum_block(simd, &blocks[0], shift, high, room);
+                let terms = sum_block(simd, &blocks[0], shift, high);
                 for _ in blocks {
                     total = simd.widening_add(total, terms);
                 }
                 continue;
             }
             for block in blocks {
-                let terms = sum_block(simd, block, shift, high, room);
+                let terms = sum_block(simd, block, shift, high);
                 total = simd.widening_add(total, terms);
             }
         }
-        self.without_token(simd, total, peaks, shift, room)
+        self.without_token(simd, total, peaks, shift)
     }
 
     /// What a sum over all logits is without the token's term, in units of that term.
@@ -366,13 +340,12 @@ impl<'a, T: Logit> Row<'a, T> {
         total: S::Doubles,
         peaks: &Peaks<T>,
         shift: f32,
-        room: &mut Room<S>,
     ) -> f64 {
         let high = &mut simd.splat(f32::NEG_INFINITY);
-        let with = sum_block(simd, &peaks.with, shift, high, room);
-        let without = sum_block(simd, &peaks.without, shift, high, room);
+        let with = sum_block(simd, &peaks.with, shift, high);
+        let without = sum_block(simd, &peaks.without, shift, high);
         let total = simd.widening_add(simd.widening_sub(total, with), without);
-        add_eight(T::add_neighbours(simd, total)) / term_of_largest(peaks.first, shift)
+        add_eight(T::add_neighbours(simd, total)) / term_of_largest(simd, peaks.first, shift)
     }
 }
 
@@ -469,65 +442,83 @@ fn shift_for(maximum: f32) -> f32 {
 
 /// The term of the largest logit in float64, with n and ln 2 as all terms have them.
 #[inline(always)]
-fn term_of_largest(maximum: f32, shift: f32) -> f64 {
+fn term_of_largest<S: Simd>(simd: S, maximum: f32, shift: f32) -> f64 {
     let x = maximum - shift;
-    let n = (x * LOG2_E + ROUNDER) - ROUNDER;
+    let n = simd.largest(round_multiple(simd, simd.splat(x))) - ROUNDER;
     let r = f64::from(x) - f64::from(n) * f64::from(LN_2);
     let power = f64::from_bits(((1023.0 + f64::from(n)) as u64) << 52);
     (1.0 + exp_m1_near_zero(r)) * power
 }
 
 /// The sums of a block's terms, as a balanced tree; `high` learns of its logits, NaN passed over.
-///
-/// In two short loops, with what passes between them in memory: in one long chain of operations a processor sees too
-/// little ahead to keep its units busy.
-// No closures here: they are compiled without the caller's instruction set.
 #[inline(always)]
 fn sum_block<S: Simd, T: Logit>(
     simd: S,
     block: &Block<T>,
     shift: f32,
     high: &mut S::Lanes,
-    room: &mut Room<S>,
+) -> S::Lanes {
+    // Most rows are not shifted, and one operation in fourteen is then saved.
+    if shift == 0.0 {
+        sum_shifted::<S, T, false>(simd, block, shift, high)
+    } else {
+        sum_shifted::<S, T, true>(simd, block, shift, high)
+    }
+}
+
+// No closures here: they are compiled without the caller's instruction set.
+#[inline(always)]
+fn sum_shifted<S: Simd, T: Logit, const SHIFTED: bool>(
+    simd: S,
+    block: &Block<T>,
+    shift: f32,
+    high: &mut S::Lanes,
 ) -> S::Lanes {
     let (rows, _) = block.as_chunks::<LANES>();
-    let rounder = simd.splat(ROUNDER);
-    for (row, (rounded, rest)) in rows.iter().zip(room.rounded.iter_mut().zip(&mut room.rest)) {
-        let logits = T::load(simd, row);
-        *high = simd.max(logits, *high);
-        // In this order NaN stays NaN.
-        let x = simd.max(simd.splat(FLOOR), simd.sub(logits, simd.splat(shift)));
-        *rounded = simd.add(simd.mul(x, simd.splat(LOG2_E)), rounder);
-        *rest = simd.sub_multiple_of_ln_2(x, simd.sub(*rounded, rounder));
+    let (pairs, _) = rows.as_chunks::<2>();
+    let mut sums = [simd.splat(0.0); TERMS / 2];
+    for (pair, sum) in pairs.iter().zip(&mut sums) {
+        let [mut a, mut b] = [T::load(simd, &pair[0]), T::load(simd, &pair[1])];
+        *high = simd.max(simd.max(a, b), *high);
+        if SHIFTED {
+            [a, b] = [
+                simd.sub(a, simd.splat(shift)),
+                simd.sub(b, simd.splat(shift)),
+            ];
+        }
+        *sum = simd.add(term(simd, a), term(simd, b));
     }
-    let (rounded, _) = room.rounded.as_chunks::<2>();
-    let (rest, _) = room.rest.as_chunks::<2>();
-    for ((rounded, rest), sum) in rounded.iter().zip(rest).zip(&mut room.sums) {
-        *sum = simd.add(
-            term(simd, rounded[0], rest[0]),
-            term(simd, rounded[1], rest[1]),
-        );
-    }
-    let sums = &room.sums;
     let first = simd.add(simd.add(sums[0], sums[1]), simd.add(sums[2], sums[3]));
     let second = simd.add(simd.add(sums[4], sums[5]), simd.add(sums[6], sums[7]));
     simd.add(first, second)
 }
 
-/// exp(x) for x = n * ln 2 + rest, n on top of [`ROUNDER`].
+/// exp(x), that of the floor where x lies below it.
 #[inline(always)]
-fn term<S: Simd>(simd: S, rounded: S::Lanes, rest: S::Lanes) -> S::Lanes {
-    simd.one_plus_times(exp_m1(simd, rest), simd.power_of_two(rounded))
+fn term<S: Simd>(simd: S, x: S::Lanes) -> S::Lanes {
+    // In this order NaN stays NaN.
+    let x = simd.max(simd.splat(FLOOR), x);
+    let rounded = round_multiple(simd, x);
+    let n = simd.sub(rounded, simd.splat(ROUNDER));
+    let rest = simd.mul_add(n, simd.splat(-LN_2), x);
+    let power = simd.power_of_two(rounded);
+    simd.mul_add(exp_m1(simd, rest), power, power)
+}
+
+/// x / ln 2 to the nearest integer n, on top of [`ROUNDER`].
+#[inline(always)]
+fn round_multiple<S: Simd>(simd: S, x: S::Lanes) -> S::Lanes {
+    simd.mul_add(x, simd.splat(LOG2_E), simd.splat(ROUNDER))
 }
 
 /// exp(r) - 1 for |r| <= ln(2)/2.
 #[inline(always)]
 fn exp_m1<S: Simd>(simd: S, r: S::Lanes) -> S::Lanes {
     let r2 = simd.mul(r, r);
-    let low = simd.add(simd.splat(C[0]), simd.mul(simd.splat(C[1]), r));
-    let high = simd.add(simd.splat(C[2]), simd.mul(simd.splat(C[3]), r));
-    let series = simd.add(low, simd.mul(high, r2));
-    simd.add(r, simd.mul(series, r2))
+    let low = simd.mul_add(simd.splat(C[1]), r, simd.splat(C[0]));
+    let high = simd.mul_add(simd.splat(C[3]), r, simd.splat(C[2]));
+    let series = simd.mul_add(high, r2, low);
+    simd.mul_add(series, r2, r)
 }
 
 #[inline(always)]
@@ -582,13 +573,12 @@ mod tests {
     /// The sum as it is defined: every block, one as another.
     fn defined_sum(row: &Row<'_, f32>, peaks: &Peaks<f32>) -> f64 {
         let (simd, shift) = (Portable, shift_for(peaks.first));
-        let room = &mut Room::new(simd);
         let mut total = simd.zeros();
         for block in row.whole.iter().chain([&row.tail]) {
-            let terms = sum_block(simd, block, shift, &mut simd.splat(0.0), room);
+            let terms = sum_block(simd, block, shift, &mut simd.splat(0.0));
             total = simd.widening_add(total, terms);
         }
-        row.without_token(simd, total, peaks, shift, room)
+        row.without_token(simd, total, peaks, shift)
     }
 
     /// A margin's float32 is too coarse to show terms this small, so their sum is looked at.
@@ -616,7 +606,7 @@ mod tests {
                     let logits: Vec<f32> = (0..9 * 1024 + 5).map(logit).collect();
                     let row = surveyed(&logits);
                     let peaks = row.find_peaks(Portable);
-                    let sum = row.sum_others(Portable, &peaks, &mut Room::new(Portable));
+                    let sum = row.sum_others(Portable, &peaks);
                     assert_eq!(sum.to_bits(), defined_sum(&row, &peaks).to_bits(), "{top}");
                     let margin = top2_margin(Portable, &logits).map(|top2| top2.margin);
                     assert_eq!(margin, Ok(peaks.margin(sum)), "{top}");

@@ -1,7 +1,7 @@
 //! Two AVX registers for sixteen lanes; float16 through F16C.
 
 use super::super::Top2;
-use super::super::lanes::{self, Fault, LANES, LN_2, Logit, Simd};
+use super::super::lanes::{self, Fault, LANES, Logit, Simd};
 use crate::isa::Avx2;
 use half::{bf16, f16};
 use std::arch::x86_64::*;
@@ -46,10 +46,9 @@ impl Simd for Avx2 {
         add(a, b) = _mm256_add_ps(a, b);
         sub(a, b) = _mm256_sub_ps(a, b);
         mul(a, b) = _mm256_mul_ps(a, b);
-        sub_multiple_of_ln_2(x, n) = sub_multiple_of_ln_2(x, n);
+        mul_add(a, b, c) = _mm256_fmadd_ps(a, b, c);
         max(a, b) = _mm256_max_ps(a, b);
         power_of_two(rounded) = shift_to_exponent(rounded);
-        one_plus_times(a, power) = _mm256_fmadd_ps(a, power, power);
     }
 
     #[inline(always)]
@@ -196,14 +195,6 @@ unsafe fn widen(a: [__m256; 2]) -> [__m256d; 4] {
             _mm256_cvtps_pd(_mm256_extractf128_ps::<1>(a[1])),
         ]
     }
-}
-
-/// # Safety
-/// The processor has AVX2 and FMA.
-#[inline(always)]
-unsafe fn sub_multiple_of_ln_2(x: __m256, n: __m256) -> __m256 {
-    // SAFETY: the caller's promise.
-    unsafe { _mm256_fnmadd_ps(n, _mm256_set1_ps(LN_2), x) }
 }
 
 /// # Safety

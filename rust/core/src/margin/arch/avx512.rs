@@ -1,7 +1,7 @@
 //! One AVX-512 register for sixteen lanes; of the extensions, F and DQ suffice.
 
 use super::super::Top2;
-use super::super::lanes::{self, Fault, LANES, LN_2, Logit, Simd};
+use super::super::lanes::{self, Fault, LANES, Logit, Simd};
 use crate::isa::Avx512;
 use half::{bf16, f16};
 use std::arch::x86_64::*;
@@ -54,9 +54,8 @@ impl Simd for Avx512 {
         add(a, b) = _mm512_add_ps(a, b);
         sub(a, b) = _mm512_sub_ps(a, b);
         mul(a, b) = _mm512_mul_ps(a, b);
-        sub_multiple_of_ln_2(x, n) = _mm512_fnmadd_ps(n, _mm512_set1_ps(LN_2), x);
+        mul_add(a, b, c) = _mm512_fmadd_ps(a, b, c);
         max(a, b) = _mm512_max_ps(a, b);
-        one_plus_times(a, power) = _mm512_fmadd_ps(a, power, power);
     }
 
     #[inline(always)]
