@@ -133,6 +133,30 @@ def test_exits_that_do_not_pay_are_switched_off(mode):
         assert nothing.predicted == 6
 
 
+def test_trying_on_few_tokens_first_loses_no_more_than_noise(monkeypatch):
+    """Of four heads' 105 ways to verify, the one found is as fast as the fastest of all."""
+    generator = np.random.default_rng(5)
+    hard = generator.random(1500)
+    known = np.linspace(0.2, 0.8, 4)[:, None]
+    margins = np.clip(known + 0.3 - hard + 0.2 * generator.standard_normal((4, 1500)), 0, 1)
+    right = generator.random((4, 1500)) < 0.5 + 0.6 * margins
+    scores = scores_of(margins, right, np.arange(1500) % 50 == 0)
+    prices = Costs(costs(rows=0.05).layer, costs(output=0.2).output, ((0.2,) * 8,) * 4, 0.1)
+
+    def plan():
+        thresholds = lambda eps, _: [eps] * 4  # noqa: E731  # short
+        return make_plan(prices, scores, (2, 4, 6, 8), 12, thresholds, 0.7)
+
+    found = plan()
+    monkeypatch.setattr("offramp.llm.planning._FINALISTS", 1000)
+    every = plan()
+    assert len(every.considered) == 1 + 15 + 7 * 15
+    assert len(found.considered) == 1 + 12 + 12
+    for mode in ("exit", "verify"):
+        assert every.best(mode).layers
+        assert found.best(mode).predicted <= 1.01 * every.best(mode).predicted
+
+
 class Clock:
     """Time that passes where the model computes, and nowhere else."""
 

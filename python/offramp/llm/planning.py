@@ -30,8 +30,10 @@ _CONTEXT = 64
 _VERIFY_EPS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
 # A gain smaller than this is not told from noise, and exits that do not pay are left out.
 _WORTH = 0.02
-# More tokens tell no more about the mean.
+# More tokens tell no more about the mean; and few tell which options are worth so many.
 _REPLAYED = 3000
+_TRIED_ON = 500
+_FINALISTS = 12
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ class Plan:
         The whole model for every token, and the fastest choice of exits in each mode.  Where no exit pays, ``layers``
         is empty and the prediction that of ``off``.
     considered : tuple of Option
-        Every option that was weighed.
+        The options that were weighed to the end.
     """
 
     costs: Costs
@@ -203,17 +205,21 @@ def make_plan(
     eps
         The target accuracy of exit mode.
     """
-    replay = Replay(costs, scores, layers, num_layers)
     nothing = tuple(math.inf for _ in layers)
-    off = Option("off", None, (), nothing, replay.exit(nothing))
+    whole = Replay(costs, scores, layers, num_layers)
+    off = Option("off", None, (), nothing, whole.exit(nothing))
     considered = [off]
     for mode, targets in (("exit", (eps,)), ("verify", _VERIFY_EPS)):
-        run = replay.exit if mode == "exit" else replay.verify
+        options = []
         for target, kept in itertools.product(targets, _subsets(len(layers))):
             known = thresholds_at(target, kept)
             chosen = tuple(float(known[index]) if index in kept else math.inf for index in range(len(layers)))
             on = tuple(layers[index] for index in kept)
-            considered.append(Option(mode, target, on, chosen, run(chosen)))
+            options.append(Option(mode, target, on, chosen, math.nan))
+        if len(options) > _FINALISTS:
+            tried = Replay(costs, scores, layers, num_layers, _TRIED_ON)
+            options = sorted(map(tried.predict, options), key=lambda option: option.predicted)[:_FINALISTS]
+        considered += map(whole.predict, options)
 
     def best(mode: str) -> Option:
         fastest = min((item for item in considered if item.mode == mode), key=lambda item: item.predicted)
@@ -227,12 +233,19 @@ def make_plan(
 class Replay:
     """Counts what decoding a scored text would run, and adds up its time."""
 
-    def __init__(self, costs: Costs, scores: Scores, layers: Sequence[int], num_layers: int) -> None:
+    def __init__(
+        self, costs: Costs, scores: Scores, layers: Sequence[int], num_layers: int, tokens: int = _REPLAYED
+    ) -> None:
         self.costs, self.layers, self.num_layers = costs, tuple(layers), num_layers
-        self.margins = scores.scores[:, :_REPLAYED].astype(np.float64)
-        self.correct = scores.correct[:, :_REPLAYED]
-        groups = scores.groups[:_REPLAYED]
+        self.margins = scores.scores[:, :tokens].astype(np.float64)
+        self.correct = scores.correct[:, :tokens]
+        groups = scores.groups[:tokens]
         self.starts = np.append(True, groups[1:] != groups[:-1])
+
+    def predict(self, option: Option) -> Option:
+        """Put the seconds a token into an option."""
+        run = self.exit if option.mode == "exit" else self.verify
+        return replace(option, predicted=run(option.thresholds))
 
     def exit(self, thresholds: Sequence[float]) -> float:
         """Seconds a token in exit mode."""
