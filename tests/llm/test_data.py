@@ -304,7 +304,7 @@ def test_of_too_much_own_text_sequences_of_every_length_are_drawn(trunk, tmp_pat
     assert 2000 <= other.rows < 2000 + 150
 
 
-def test_few_prompts_come_round_at_other_temperatures(trunk, starts, tmp_path, monkeypatch):
+def test_prompts_are_continued_greedily_and_come_round_warmer(trunk, starts, tmp_path, monkeypatch):
     asked, seeds = [], []
     original = continue_prompts
 
@@ -316,6 +316,7 @@ def test_few_prompts_come_round_at_other_temperatures(trunk, starts, tmp_path, m
     monkeypatch.setattr("offramp.llm.data.continue_prompts", recording)
     prepare_corpus(trunk, CorpusPlan((2,), 128 * 5, 5), tmp_path, prompts=starts[:32])
     assert len(set(asked)) == len(asked) == 128
+    assert {temperature for _, temperature in asked[:32]} == {0.0}
     assert len(set(seeds)) == len(seeds) == 2
 
 

@@ -67,6 +67,9 @@ def demo(session: Session, *, folder: Path, tokens: int, dtype: str | None, devi
 )
 @click.option("--depth", type=COUNT, default=1, show_default=True, help="Decoder layers of an adapter.")
 @click.option("--tokens", type=COUNT, default=50_000, show_default=True, help="Tokens to train on.")
+@click.option(
+    "--max-new-tokens", type=COUNT, default=96, show_default=True, help="Tokens a prompt is continued by."
+)
 @click.option("--epochs", type=COUNT, default=2, show_default=True, help="Passes over them.")
 @click.option("--batch-size", type=COUNT, default=256, show_default=True, help="Tokens a step, at least.")
 @click.option("--learning-rate", type=float, default=1e-3, show_default=True, help="Its peak.")
@@ -99,6 +102,7 @@ def train(
     init: str,
     depth: int,
     tokens: int,
+    max_new_tokens: int,
     epochs: int,
     batch_size: int,
     learning_rate: float,
@@ -127,6 +131,7 @@ def train(
         head=pipeline.head_config(head, shortlist, init, depth),
         tokens=tokens,
         settings={
+            "max_new_tokens": max_new_tokens,
             "epochs": epochs,
             "batch_size": batch_size,
             "learning_rate": learning_rate,

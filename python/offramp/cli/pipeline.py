@@ -124,7 +124,7 @@ def train(
     processes = Processes()
     model, tokenizer = open_model(session, name, dtype=dtype, device=device)
     ee = EarlyExitModel(model, tokenizer, layers=layers, head=head)
-    size = ee.cache_bytes(tokens, prompts=starts)
+    size = ee.cache_bytes(tokens, prompts=starts, max_new_tokens=settings["max_new_tokens"])
     session.say(f"The corpus takes {size / 1e9:.2f} GB of disk in {cache}")
     with session.progress() as progress:
         history = ee.train_heads(

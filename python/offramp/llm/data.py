@@ -31,10 +31,11 @@ from offramp.llm.trunk import Trunk
 FIT_ROWS = 20_000
 """Rows a head's first linear map is fitted on."""
 
-_FORMAT = 2
+_FORMAT = 3
 _BATCH = 64
 _LOGITS_CHUNK = 256
-# Greedy text is what calibration and serving see; warmer rows teach the heads what lies beside it.
+# Every prompt is continued greedily first, which is what calibration and serving see; warmer continuations are more
+# text of the same prompts.
 _TEMPERATURES = (0.0, 0.5, 0.8, 1.0)
 # One prompt in so many is kept from training, to watch it.
 _WATCHED_PROMPTS = 25
@@ -387,10 +388,7 @@ def _generate(
             [prompts[order[place]] for _, place in turns],
             max_new_tokens=plan.max_new_tokens,
             end_tokens=end_tokens,
-            # A prompt that comes round again comes warmer or cooler, so that few prompts still give varied text.
-            temperatures=[
-                _TEMPERATURES[(row + turn) % len(_TEMPERATURES)] for row, (turn, _) in enumerate(turns)
-            ],
+            temperatures=[_TEMPERATURES[turn % len(_TEMPERATURES)] for turn, _ in turns],
             generator=generator,
             capture=sorted({*plan.layers, *fitted}),
         )
