@@ -119,8 +119,8 @@ fn plug_in<S: Calibratable>(heads: &Heads<S>, eps: f64, goal: Goal, run: &Run) -
         Goal::Marginal => {
             let alone = |head| {
                 let (scores, correct) = heads.row(head);
-                let keys = S::lowest(Given { scores, correct }, &[target], Rule::Set, run)?;
-                Ok(keys[0])
+                let found = S::lowest(Given { scores, correct }, &[target], Rule::Set, run)?;
+                Ok(found[0].map(|(key, _)| key))
             };
             let keys = (0..heads.count).map(alone).collect::<Result<Keys<S>>>()?;
             let outcome = outcome(heads, &alive, &keys, run)?;
@@ -175,15 +175,18 @@ fn sequential<S: Calibratable>(
     for head in 0..heads.count {
         let (scores, correct) = heads.row(head);
         let given = Given { scores, correct };
-        let key = if left == heads.samples {
+        let found = if left == heads.samples {
             S::lowest(given, &[target], Rule::Set, run)?[0]
         } else {
             S::lowest_left(given, &alive, target, run)?
         };
-        let counts = take_from(&mut alive, scores, correct, key, run)?;
+        let counts = found.map_or(Counts::default(), |(_, counts)| counts);
         left -= counts.accepted;
         outcome.push(counts);
-        keys.push(key);
+        keys.push(found.map(|(key, _)| key));
+        if head + 1 < heads.count {
+            take_from(&mut alive, scores, correct, keys[head], run)?;
+        }
     }
     Ok((keys, outcome))
 }

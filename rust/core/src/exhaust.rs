@@ -6,21 +6,23 @@ use crate::order::{Key, Score};
 use crate::run::Run;
 use crate::samples::{Given, Lane, Pairs, Samples};
 use crate::sort::{PIECE, sort_pairs};
-use crate::tally::{Counts, Target};
+use crate::tally::{Counts, Group, Target};
 use crate::threshold::Rule;
 use std::ops::ControlFlow;
 
-/// For each target, ascending, the lowest key from which on the samples, with those above them, reach it.
+/// For each target, ascending, the lowest key from which on the samples, with those above them, reach it; and the counts
+/// of these.
 pub(crate) fn exhaust<X: Samples>(
     samples: &X,
     above: Counts,
     targets: &[Target],
     rule: Rule,
     run: &Run,
-) -> Result<Vec<Option<X::Lane>>> {
+) -> Result<Vec<Option<Group<X::Lane>>>> {
     samples.validate(run)?;
-    let keys = by_sorting(samples, above, targets, rule, run)?;
-    Ok(keys.into_iter().map(|key| key.map(X::Lane::of)).collect())
+    let found = by_sorting(samples, above, targets, rule, run)?;
+    let lane = |(key, counts)| (X::Lane::of(key), counts);
+    Ok(found.into_iter().map(|group| group.map(lane)).collect())
 }
 
 /// The same for samples known to be valid.
@@ -30,7 +32,7 @@ pub(crate) fn by_sorting<P: Pairs>(
     targets: &[Target],
     rule: Rule,
     run: &Run,
-) -> Result<Vec<Option<P::Key>>> {
+) -> Result<Vec<Option<Group<P::Key>>>> {
     let mut answers = Answers::new(targets);
     match rule {
         Rule::Set => {
@@ -73,7 +75,7 @@ pub(crate) fn by_counting<S: Score>(
     samples: &Given<S>,
     targets: &[Target],
     run: &Run,
-) -> Result<Vec<Option<S::Key>>> {
+) -> Result<Vec<Option<Group<S::Key>>>> {
     let groups = count_keys(samples, run)?;
     let mut left = groups
         .iter()
@@ -127,7 +129,7 @@ fn count_keys<S: Score>(samples: &Given<S>, run: &Run) -> Result<Vec<Counts>> {
 struct Answers<'a, K> {
     targets: &'a [Target],
     met: usize,
-    found: Vec<Option<K>>,
+    found: Vec<Option<Group<K>>>,
 }
 
 impl<'a, K: Key> Answers<'a, K> {
@@ -146,7 +148,7 @@ impl<'a, K: Key> Answers<'a, K> {
             if !counts.reach(target) {
                 return ControlFlow::Continue(());
             }
-            self.found[self.met] = Some(key);
+            self.found[self.met] = Some((key, counts));
             self.met += 1;
         }
         ControlFlow::Break(())

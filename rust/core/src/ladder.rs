@@ -12,7 +12,7 @@ use crate::samples::Given;
 use crate::scan::{Pass, Simd, pass};
 use crate::sort::sort_pairs;
 use crate::survivors::Survivors;
-use crate::tally::Counts;
+use crate::tally::{Counts, Group};
 use crate::validate::require_valid;
 use std::ops::ControlFlow;
 
@@ -34,9 +34,6 @@ const ONE: u32 = 0xbf80;
 const CROWDED: u32 = 2946;
 /// All buckets.
 const BUCKETS: usize = (0x1_0000 - ONE + HALF + CROWDED) as usize;
-
-/// A group of equal scores: their key, and what is accepted from it up.
-pub(crate) type Group<K> = (K, Counts);
 
 /// The counts of samples by score, as fine as needed.
 pub(crate) struct Ladder<'a, S: Score> {

@@ -3,7 +3,7 @@
 use crate::error::Result;
 use crate::order::{Key, Score};
 use crate::run::Run;
-use crate::scan::{Parts, Vectors};
+use crate::scan::{Parts, Simd, Vectors};
 use crate::tally::Counts;
 use crate::validate::require_valid;
 use std::fmt::Debug;
@@ -131,10 +131,16 @@ macro_rules! lane {
 lane!(i32, u32, 16, 0x7f7f_ffff);
 lane!(i64, u64, 32, 0x7fef_ffff_ffff_ffff);
 
-/// Keys and weights of consecutive samples, filled up with weightless ones.
+/// Places of a block that are looked at or not together: as many as the widest vector has lanes.
+const TOGETHER: usize = 16;
+
+/// Keys and weights of samples in their order, filled up with weightless ones.
+#[repr(align(64))]
 pub(crate) struct Block<L> {
     pub keys: [L; BLOCK],
     pub weights: [L; BLOCK],
+    /// A multiple of [`TOGETHER`], at most [`BLOCK`].
+    end: usize,
 }
 
 /// What is known of the samples in a block at once.
@@ -152,7 +158,22 @@ impl<L: Lane> Block<L> {
         Self {
             keys: [L::MIN; BLOCK],
             weights: [L::ZERO; BLOCK],
+            end: BLOCK,
         }
+    }
+
+    /// Past the last place that needs to be looked at: a multiple of sixteen, at most [`BLOCK`].
+    #[inline(always)]
+    pub fn end(&self) -> usize {
+        self.end
+    }
+
+    /// Say how many samples there are.
+    #[inline(always)]
+    pub fn close(&mut self, count: usize) {
+        self.end = count.next_multiple_of(TOGETHER).min(BLOCK);
+        self.keys[count.min(BLOCK)..self.end].fill(L::MIN);
+        self.weights[count.min(BLOCK)..self.end].fill(L::ZERO);
     }
 }
 
@@ -178,8 +199,16 @@ pub(crate) trait Samples: Pairs<Key = <Self::Lane as Lane>::Key> {
         self.len()
     }
 
+    /// Fetch what lies at these places, if there are so many.
+    fn prefetch(&self, simd: impl Simd<Self::Lane>, places: Range<usize>);
+
     /// Fill the block with the samples from place `start` on, a multiple of [`BLOCK`].
-    fn load(&self, start: usize, block: &mut Block<Self::Lane>) -> Loaded<Self::Lane>;
+    fn load(
+        &self,
+        simd: impl Simd<Self::Lane>,
+        start: usize,
+        block: &mut Block<Self::Lane>,
+    ) -> Loaded<Self::Lane>;
     /// The error that describes what [`load`](Self::load) found.
     fn validate(&self, run: &Run) -> Result<()>;
 }
@@ -188,6 +217,17 @@ pub(crate) trait Samples: Pairs<Key = <Self::Lane as Lane>::Key> {
 pub struct Given<'a, S> {
     pub scores: &'a [S],
     pub correct: &'a [u8],
+}
+
+impl<S: Score> Given<'_, S> {
+    /// Fetch the samples at these places, if there are so many.
+    #[inline(always)]
+    pub(crate) fn prefetch<L: Lane>(&self, simd: impl Simd<L>, places: Range<usize>) {
+        if places.end <= self.scores.len() {
+            simd.prefetch(&self.scores[places.clone()]);
+            simd.prefetch(&self.correct[places]);
+        }
+    }
 }
 
 impl<S: Score> Pairs for Given<'_, S> {
@@ -202,6 +242,14 @@ impl<S: Score> Pairs for Given<'_, S> {
     fn get(&self, index: usize) -> (S::Key, u8) {
         (self.scores[index].key(), self.correct[index])
     }
+
+    /// As slices: the fewer instructions between far places, the more of these are fetched at once.
+    fn append(&self, indices: Range<usize>, list: &mut Vec<(S::Key, u8)>) {
+        let samples = self.scores[indices.clone()]
+            .iter()
+            .zip(&self.correct[indices]);
+        list.extend(samples.map(|(score, &flag)| (score.key(), flag)));
+    }
 }
 
 macro_rules! given {
@@ -210,7 +258,17 @@ macro_rules! given {
             type Lane = $lane;
 
             #[inline(always)]
-            fn load(&self, start: usize, block: &mut Block<$lane>) -> Loaded<$lane> {
+            fn prefetch(&self, simd: impl Simd<$lane>, places: Range<usize>) {
+                Given::prefetch(self, simd, places);
+            }
+
+            #[inline(always)]
+            fn load(
+                &self,
+                _: impl Simd<$lane>,
+                start: usize,
+                block: &mut Block<$lane>,
+            ) -> Loaded<$lane> {
                 let count = BLOCK.min(self.len() - start);
                 let scores = &self.scores[start..start + count];
                 let correct = &self.correct[start..start + count];
@@ -226,8 +284,7 @@ macro_rules! given {
                     sum = <$lane>::add(sum, *weight);
                     flags |= flag;
                 }
-                block.keys[count..].fill(<$lane>::MIN);
-                block.weights[count..].fill(0);
+                block.close(count);
                 Loaded {
                     weight: sum,
                     lowest,
@@ -289,8 +346,12 @@ impl<L: Lane> Pairs for Gathered<L> {
 impl<L: Lane> Samples for Gathered<L> {
     type Lane = L;
 
+    /// What was gathered was written a moment ago.
     #[inline(always)]
-    fn load(&self, start: usize, block: &mut Block<L>) -> Loaded<L> {
+    fn prefetch(&self, _: impl Simd<L>, _: Range<usize>) {}
+
+    #[inline(always)]
+    fn load(&self, _: impl Simd<L>, start: usize, block: &mut Block<L>) -> Loaded<L> {
         let (mut part, mut place) = self.find(start);
         let (mut sum, mut lowest, mut count) = (L::ZERO, L::MAX, 0);
         while count < BLOCK && part < self.parts.len() {
@@ -306,8 +367,7 @@ impl<L: Lane> Samples for Gathered<L> {
             count += rest.len();
             (part, place) = (part + 1, 0);
         }
-        block.keys[count..].fill(L::MIN);
-        block.weights[count..].fill(L::ZERO);
+        block.close(count);
         Loaded {
             weight: sum,
             lowest,

@@ -11,7 +11,7 @@ use crate::samples::{Gathered, Lane, Samples};
 use crate::scan::{Parts, Plan, survey};
 use crate::sketch::{Sketch, probe};
 use crate::table::{Cells, tabulate};
-use crate::tally::{Counts, Target};
+use crate::tally::{Counts, Group, Target};
 use crate::threshold::Rule;
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -36,14 +36,15 @@ const ROOM_SHARE: usize = 11;
 /// Passes after the first before the search gives way to a sort.
 const PASSES: usize = 3;
 
-/// For each target, ascending, the lowest key from which on the samples, with those above them, reach it.
+/// For each target, ascending, the lowest key from which on the samples, with those above them, reach it; and the counts
+/// of these.
 pub(crate) fn search<X: Samples>(
     samples: &X,
     above: Counts,
     targets: &[Target],
     rule: Rule,
     run: &Run,
-) -> Result<Vec<Option<X::Lane>>> {
+) -> Result<Vec<Option<Group<X::Lane>>>> {
     let len = samples.len();
     if len <= FEW || targets.len() > MANY_TARGETS {
         return exhaust(samples, above, targets, rule, run);
@@ -95,11 +96,14 @@ pub(crate) fn search<X: Samples>(
         // A search that keeps most of its samples gets nowhere.
         let find = if inside > len / 2 { exhaust } else { search };
         let lowest = find(&within, map.counts(spans.end), &wanted, rule, run)?;
-        for (target, key) in wanting.into_iter().zip(lowest) {
-            answers[target] = key.map(|key| start.add(key));
+        for (target, found) in wanting.into_iter().zip(lowest) {
+            answers[target] = found.map(|(key, counts)| (start.add(key), counts));
         }
     }
-    let at_edge = |target| map.first_that_reaches(target).map(|edge| map.key(edge));
+    let at_edge = |target| {
+        let edge = map.first_that_reaches(target);
+        edge.map(|edge| (map.key(edge), map.counts(edge)))
+    };
     Ok(answers
         .into_iter()
         .zip(targets)
@@ -173,7 +177,7 @@ fn count_in_cells<X: Samples>(samples: &X, above: Counts, run: &Run) -> Result<M
 
 /// A larger sample gathers less; about here both cost the same.
 fn sketch_size(len: usize) -> usize {
-    (len as f64).powf(2.0 / 3.0) as usize
+    (0.6 * (len as f64).powf(2.0 / 3.0)) as usize
 }
 
 /// The lowest ranges that hold about `room` samples together, at least one.

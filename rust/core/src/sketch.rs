@@ -54,7 +54,9 @@ impl<L: Lane> Sketch<L> {
                 run.check()?;
             }
             // Even spacing would see only one phase of periodic data.
-            let start = start + noise.below(stride - NEIGHBOURS + 1);
+            let start = samples
+                .len()
+                .min(start + noise.below(stride - NEIGHBOURS + 1));
             let end = samples.len().min(start + NEIGHBOURS);
             samples.append(start..end, &mut drawn);
         }

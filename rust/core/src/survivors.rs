@@ -3,7 +3,7 @@
 use crate::error::Result;
 use crate::order::Score;
 use crate::run::Run;
-use crate::samples::{BLOCK, Block, Lane, Loaded, Pairs, Samples};
+use crate::samples::{BLOCK, Block, Given, Loaded, Pairs, Samples};
 use crate::scan::{Pass, Simd, pass};
 use crate::tally::Counts;
 use crate::validate::require_valid;
@@ -119,6 +119,15 @@ impl<'a, S: Score> Left<'a, S> {
         }
     }
 
+    /// Also those that are out.
+    #[inline(always)]
+    fn all(&self) -> Given<'a, S> {
+        Given {
+            scores: self.scores,
+            correct: self.correct,
+        }
+    }
+
     /// The word of a sample and its place there.
     fn locate(&self, index: usize) -> (usize, u32) {
         let mark = self.before.partition_point(|&before| before <= index) - 1;
@@ -170,100 +179,45 @@ impl<S: Score> Pairs for Left<'_, S> {
     }
 }
 
-/// What a block holds.
-struct Seen<L> {
-    loaded: Loaded<L>,
-    /// Of all keys, also of those that are out.
-    least: L,
-    most: L,
-    flags: u8,
-}
-
-impl<L: Lane> Seen<L> {
-    /// Load up to [`HALF`] samples, of which those are left whose bit is set.
-    #[inline(always)]
-    fn load<S: Score<Key = L::Key>>(
-        &mut self,
-        (keys, weights): (&mut [L], &mut [L]),
-        (scores, correct): (&[S], &[u8]),
-        bits: u32,
-    ) {
-        let places = keys.iter_mut().zip(weights);
-        let samples = scores.iter().zip(correct);
-        for (((key, weight), (score, &flag)), bit) in places.zip(samples).zip(BITS) {
-            let is_left = bits & bit != 0;
-            let own = L::of(score.key());
-            self.least = self.least.min(own);
-            self.most = self.most.max(own);
-            self.flags |= flag;
-            *key = if is_left { own } else { L::MIN };
-            *weight = if is_left { L::weight(flag) } else { L::ZERO };
-            let highest = if is_left { own } else { L::MAX };
-            self.loaded.lowest = self.loaded.lowest.min(highest);
-            self.loaded.weight = self.loaded.weight.add(*weight);
-        }
-    }
-}
-
-/// The samples of which one half of a word tells whether they are left.
-const HALF: usize = 32;
-const BITS: [u32; HALF] = {
-    let mut bits = [1; HALF];
-    let mut place = 1;
-    while place < HALF {
-        bits[place] = bits[place - 1] << 1;
-        place += 1;
-    }
-    bits
-};
-
 macro_rules! left {
     ($score:ty, $lane:ty) => {
         impl Samples for Left<'_, $score> {
             type Lane = $lane;
 
-            /// Samples that are out leave their place empty: to look at them costs less than to move the others
-            /// together.
             fn places(&self) -> usize {
                 self.scores.len()
             }
 
             #[inline(always)]
-            fn load(&self, start: usize, block: &mut Block<$lane>) -> Loaded<$lane> {
-                let end = self.scores.len().min(start + BLOCK);
-                let mut seen = Seen {
-                    loaded: Loaded {
-                        weight: 0,
-                        lowest: <$lane>::MAX,
-                        valid: true,
-                    },
-                    least: <$lane>::MAX,
-                    most: <$lane>::MIN,
-                    flags: 0,
-                };
-                let bits = |half: usize| {
-                    let word = self.alive[start / WORD + half / 2];
-                    (word >> (half % 2 * HALF)) as u32
-                };
-                let (keys, _) = block.keys.as_chunks_mut::<HALF>();
-                let (weights, _) = block.weights.as_chunks_mut::<HALF>();
-                let (scores, more_scores) = self.scores[start..end].as_chunks::<HALF>();
-                let (correct, more_correct) = self.correct[start..end].as_chunks::<HALF>();
-                let places = keys.iter_mut().zip(weights.iter_mut());
-                for (half, (place, samples)) in places.zip(scores.iter().zip(correct)).enumerate() {
-                    seen.load((place.0, place.1), (samples.0, samples.1), bits(half));
+            fn prefetch(&self, simd: impl Simd<$lane>, places: Range<usize>) {
+                self.all().prefetch(simd, places);
+            }
+
+            #[inline(always)]
+            fn load(
+                &self,
+                simd: impl Simd<$lane>,
+                start: usize,
+                block: &mut Block<$lane>,
+            ) -> Loaded<$lane> {
+                // Also those that are out must be valid.
+                let valid = self.all().load(simd, start, block).valid;
+                let words = &self.alive[start / WORD..];
+                let words = &words[..words.len().min(MARK)];
+                let mut bits = [0; MARK];
+                bits[..words.len()].copy_from_slice(words);
+                let count = simd.keep(block, &bits);
+                block.close(count);
+                let (mut weight, mut lowest) = (0, <$lane>::MAX);
+                for (&key, &more) in block.keys[..count].iter().zip(&block.weights[..count]) {
+                    lowest = lowest.min(key);
+                    weight += more;
                 }
-                if !more_scores.is_empty() {
-                    let half = scores.len();
-                    let place = (&mut keys[half][..], &mut weights[half][..]);
-                    seen.load(place, (more_scores, more_correct), bits(half));
+                Loaded {
+                    weight,
+                    lowest,
+                    valid,
                 }
-                block.keys[end - start..].fill(<$lane>::MIN);
-                block.weights[end - start..].fill(0);
-                let highest = <$lane>::HIGHEST;
-                seen.loaded.valid =
-                    seen.most <= highest && seen.least >= !highest && seen.flags <= 1;
-                seen.loaded
             }
 
             fn validate(&self, run: &Run) -> Result<()> {
@@ -343,54 +297,92 @@ impl<S: Score> Pass<i32> for Take<'_, S> {
     type Found = Counts;
 
     #[inline(always)]
-    fn run(self, _: impl Simd<i32>) -> Counts {
+    fn run(self, simd: impl Simd<i32>) -> Counts {
         let mut counts = Counts::default();
-        let samples = self.scores.chunks(WORD).zip(self.correct.chunks(WORD));
-        for (word, (scores, correct)) in self.alive.iter_mut().zip(samples) {
-            if *word == 0 {
-                continue;
+        let (scores, more_scores) = self.scores.as_chunks::<WORD>();
+        let (correct, more_correct) = self.correct.as_chunks::<WORD>();
+        let (alive, more_alive) = self.alive.split_at_mut(scores.len());
+        for (at, ((alive, word), correct)) in alive.iter_mut().zip(scores).zip(correct).enumerate()
+        {
+            if let Some(soon) = scores.get(at + MARK) {
+                simd.prefetch(soon);
             }
-            let (mut reached, mut right) = ([0u8; WORD], [0u8; WORD]);
-            for (reached, score) in reached.iter_mut().zip(scores) {
-                *reached = u8::from(score.key() >= self.key);
-            }
-            right[..correct.len()].copy_from_slice(correct);
-            let taken = *word & bits(&reached);
-            counts += Counts {
-                accepted: taken.count_ones() as usize,
-                correct: (taken & bits(&right)).count_ones() as usize,
-            };
-            *word &= !taken;
+            counts += take_word(simd, alive, word, correct, self.key);
+        }
+        if let [alive] = more_alive {
+            let mut correct = [0; WORD];
+            correct[..more_correct.len()].copy_from_slice(more_correct);
+            counts += take_word(simd, alive, more_scores, &correct, self.key);
         }
         counts
     }
 }
 
-/// The lowest bit of each byte.
 #[inline(always)]
-fn bits(bytes: &[u8; WORD]) -> u64 {
-    let mut found = 0;
-    for (place, eight) in bytes.as_chunks::<8>().0.iter().enumerate() {
-        // Byte i moves to bit 56 + i; no two meet, so nothing carries.
-        let ones = u64::from_le_bytes(*eight) & 0x0101_0101_0101_0101;
-        found |= (ones.wrapping_mul(0x0102_0408_1020_4080) >> 56) << (8 * place);
+fn take_word<S: Score>(
+    simd: impl Simd<i32>,
+    alive: &mut u64,
+    scores: &[S],
+    correct: &[u8; WORD],
+    key: S::Key,
+) -> Counts {
+    let mut reached = [0u8; WORD];
+    for (reached, score) in reached.iter_mut().zip(scores) {
+        *reached = u8::from(score.key() >= key);
     }
-    found
+    let taken = *alive & simd.bits(&reached);
+    *alive &= !taken;
+    Counts {
+        accepted: taken.count_ones() as usize,
+        correct: (taken & simd.bits(correct)).count_ones() as usize,
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::isa::InstructionSet;
+    use crate::samples::Lane;
+
+    /// One block, as each instruction set loads it.
+    struct Load<'a>(&'a Left<'a, f32>, usize);
+
+    impl Pass<i32> for Load<'_> {
+        type Found = (Block<i32>, Loaded<i32>);
+
+        fn run(self, simd: impl Simd<i32>) -> Self::Found {
+            let mut block = Block::new();
+            let loaded = self.0.load(simd, self.1, &mut block);
+            (block, loaded)
+        }
+    }
+
+    fn loads(left: &Left<f32>, start: usize) -> impl Iterator<Item = (Block<i32>, Loaded<i32>)> {
+        let all = InstructionSet::available().into_iter();
+        all.map(move |isa| pass(isa, Load(left, start)))
+    }
+
+    struct BitsOf<'a>(&'a [u8; WORD]);
+
+    impl Pass<i32> for BitsOf<'_> {
+        type Found = u64;
+
+        fn run(self, simd: impl Simd<i32>) -> u64 {
+            simd.bits(self.0)
+        }
+    }
 
     #[test]
     fn bytes_become_bits() {
         for seed in 0..64u64 {
             let word = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ (1 << seed);
-            let mut bytes = [0; WORD];
+            let mut bytes = [0xfe; WORD];
             for (at, byte) in bytes.iter_mut().enumerate() {
-                *byte = (word >> at & 1) as u8;
+                *byte |= (word >> at & 1) as u8;
             }
-            assert_eq!(bits(&bytes), word);
+            for isa in InstructionSet::available() {
+                assert_eq!(pass(isa, BitsOf(&bytes)), word);
+            }
         }
     }
 
@@ -406,39 +398,40 @@ mod tests {
             }
             alive[words - 2] = 0;
             let left = Left::of(&scores, &correct, &alive, &Run::on(1));
-            let expected: Vec<_> = (0..scores.len())
-                .filter(|at| alive[at / WORD] >> (at % WORD) & 1 == 1)
-                .map(|at| (scores[at].key(), correct[at]))
-                .collect();
+            let is_left = |at: &usize| alive[at / WORD] >> (at % WORD) & 1 == 1;
+            let expected = |places: Range<usize>| -> Vec<(u32, u8)> {
+                let left = places.filter(is_left);
+                left.map(|at| (scores[at].key(), correct[at])).collect()
+            };
+            let all = expected(0..scores.len());
             let found: Vec<_> = (0..left.len()).map(|index| left.get(index)).collect();
-            assert_eq!(found, expected);
+            assert_eq!(found, all);
             let mut some = Vec::new();
             left.append(1..left.len(), &mut some);
-            assert_eq!(some[..], expected[1..]);
+            assert_eq!(some[..], all[1..]);
             for start in (0..left.places()).step_by(BLOCK) {
-                let mut block = Block::new();
-                let loaded = left.load(start, &mut block);
-                let is_left = |at: usize| alive[at / WORD] >> (at % WORD) & 1 == 1;
-                let mut sum = Counts::default();
-                for (place, at) in (start..start + BLOCK).enumerate() {
-                    let is_there = at < scores.len() && is_left(at);
-                    let (key, flag) = if is_there {
-                        (i32::of(scores[at].key()), correct[at])
-                    } else {
-                        (i32::MIN, 0)
-                    };
-                    assert_eq!(block.keys[place], key);
+                let expected = expected(start..scores.len().min(start + BLOCK));
+                for (block, loaded) in loads(&left, start) {
+                    let keys = block.keys.map(|key| key.key());
+                    let flags = block.weights.map(|weight| weight.counts().correct as u8);
+                    let found: Vec<_> = keys.into_iter().zip(flags).collect();
+                    let (found, empty) = found[..block.end()].split_at(expected.len());
+                    assert_eq!(found, expected);
+                    assert!(empty.len() < 16 && empty.iter().all(|&pair| pair == (0, 0)));
+                    assert!(
+                        block.weights[expected.len()..block.end()]
+                            .iter()
+                            .all(|&w| w == 0)
+                    );
                     let counts = Counts {
-                        accepted: usize::from(is_there),
-                        correct: usize::from(flag),
+                        accepted: expected.len(),
+                        correct: expected.iter().filter(|(_, flag)| *flag == 1).count(),
                     };
-                    assert_eq!(block.weights[place].counts(), counts);
-                    sum += counts;
+                    assert_eq!(loaded.weight.counts(), counts);
+                    let lowest = expected.iter().map(|&(key, _)| i32::of(key)).min();
+                    assert_eq!(loaded.lowest, lowest.unwrap_or(i32::MAX));
+                    assert!(loaded.valid);
                 }
-                assert_eq!(loaded.weight.counts(), sum);
-                let lowest = block.keys.iter().filter(|&&key| key != i32::MIN).min();
-                assert_eq!(loaded.lowest, lowest.copied().unwrap_or(i32::MAX));
-                assert!(loaded.valid);
             }
         }
     }
@@ -452,12 +445,12 @@ mod tests {
             let mut scores = scores.clone();
             scores[20 * WORD + 7] = value;
             let left = Left::of(&scores, &correct, &alive, &Run::on(1));
-            assert!(!left.load(BLOCK, &mut Block::new()).valid);
+            assert!(loads(&left, BLOCK).all(|(_, loaded)| !loaded.valid));
         }
         let mut correct = correct;
         correct[1999] = 2;
         alive[1999 / WORD] = 0;
         let left = Left::of(&scores, &correct, &alive, &Run::on(1));
-        assert!(!left.load(BLOCK, &mut Block::new()).valid);
+        assert!(loads(&left, BLOCK).all(|(_, loaded)| !loaded.valid));
     }
 }

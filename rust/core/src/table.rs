@@ -133,22 +133,22 @@ impl<X: Samples> Pass<X::Lane> for Count<'_, X> {
     type Found = ();
 
     #[inline(always)]
-    fn run(self, _: impl Simd<X::Lane>) {
+    fn run(self, simd: impl Simd<X::Lane>) {
         let Cells { low, shift, count } = *self.cells;
         // Both counts in one word, so that a sample costs one addition; a part has fewer than 2^32 samples.
         let mut words = vec![0u64; count + 2];
         let mut block = Block::new();
         let mut slots = [0u32; BLOCK];
         for start in self.part.clone().step_by(BLOCK) {
-            let loaded = self.samples.load(start, &mut block);
+            let loaded = self.samples.load(simd, start, &mut block);
             self.sums.lowest = self.sums.lowest.min(loaded.lowest);
             self.sums.valid &= loaded.valid;
-            for (slot, &key) in slots.iter_mut().zip(&block.keys) {
+            let end = block.end();
+            for (slot, &key) in slots.iter_mut().zip(&block.keys[..end]) {
                 let cell = (key.above(low) >> shift).min(count as u64) as u32;
                 *slot = if key < low { 0 } else { cell + 1 };
             }
-            let loaded = self.part.end - start;
-            for (&slot, &weight) in slots.iter().zip(&block.weights).take(loaded) {
+            for (&slot, &weight) in slots.iter().zip(&block.weights[..end]) {
                 let word = &mut words[(slot as usize).min(count + 1)];
                 *word += weight.word();
             }

@@ -4,7 +4,7 @@ use std::ops::{Add, AddAssign, Sub};
 
 /// Samples at or above some score, and the correct ones among them.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(crate) struct Counts {
+pub struct Counts {
     pub accepted: usize,
     pub correct: usize,
 }
@@ -69,6 +69,9 @@ impl Sub for Counts {
         }
     }
 }
+
+/// A group of equal scores: their key, and what is accepted from it up.
+pub type Group<K> = (K, Counts);
 
 /// A target accuracy, as the bits of a non-negative double.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]

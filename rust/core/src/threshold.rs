@@ -11,7 +11,7 @@ use crate::run::{Method, Run};
 use crate::samples::{Given, Lane};
 use crate::search::search;
 use crate::survivors::{Left, Survivors};
-use crate::tally::{Counts, Target};
+use crate::tally::{Counts, Group, Target};
 use crate::validate::{require_pairs, require_targets, require_valid};
 use half::{bf16, f16};
 
@@ -96,39 +96,39 @@ fn calibrate_head<S: Calibratable>(
     let mut targets: Vec<Target> = eps.iter().copied().map(Target::new).collect();
     targets.sort_unstable();
     targets.dedup();
-    let keys = S::lowest(Given { scores, correct }, &targets, rule, run)?;
+    let found = S::lowest(Given { scores, correct }, &targets, rule, run)?;
     let threshold = |&eps: &f64| {
         let key = targets
             .binary_search(&Target::new(eps))
             .ok()
-            .and_then(|place| keys[place]);
-        key.map_or(f64::INFINITY, |key| S::from_key(key).value())
+            .and_then(|place| found[place]);
+        key.map_or(f64::INFINITY, |(key, _)| S::from_key(key).value())
     };
     Ok(eps.iter().map(threshold).collect())
 }
 
 /// A score type thresholds can be found for.
 pub trait Calibratable: Bucketed {
-    /// The lowest key that reaches each target, ascending.
+    /// The lowest group that reaches each target, ascending.
     #[doc(hidden)]
-    fn lowest(samples: Given<Self>, targets: &[Target], rule: Rule, run: &Run) -> Keys<Self>;
+    fn lowest(samples: Given<Self>, targets: &[Target], rule: Rule, run: &Run) -> Groups<Self>;
 
-    /// The lowest key that reaches a target among the samples that are left.
+    /// The lowest group that reaches a target among the samples that are left.
     #[doc(hidden)]
     fn lowest_left(
         samples: Given<Self>,
         alive: &[u64],
         target: Target,
         run: &Run,
-    ) -> Result<Option<Self::Key>>;
+    ) -> Result<Option<Group<Self::Key>>>;
 }
 
-type Keys<S> = Result<Vec<Option<<S as Score>::Key>>>;
+type Groups<S> = Result<Vec<Option<Group<<S as Score>::Key>>>>;
 
 macro_rules! count_or_sort {
     ($($score:ty),*) => {$(
         impl Calibratable for $score {
-            fn lowest(samples: Given<Self>, targets: &[Target], rule: Rule, run: &Run) -> Keys<Self> {
+            fn lowest(samples: Given<Self>, targets: &[Target], rule: Rule, run: &Run) -> Groups<Self> {
                 require_valid(samples.scores, samples.correct, None, run)?;
                 match (rule, run.method()) {
                     (Rule::Set, Method::Fastest) if samples.scores.len() >= WORTH_A_TABLE => {
@@ -143,14 +143,13 @@ macro_rules! count_or_sort {
                 alive: &[u64],
                 target: Target,
                 run: &Run,
-            ) -> Result<Option<Self::Key>> {
+            ) -> Result<Option<Group<Self::Key>>> {
                 let left = Survivors {
                     scores: samples.scores,
                     correct: samples.correct,
                     alive: Some(alive),
                 };
-                let found = Ladder::count(left, run)?.lowest(|counts| counts.reach(target))?;
-                Ok(found.map(|(key, _)| key))
+                Ladder::count(left, run)?.lowest(|counts| counts.reach(target))
             }
         }
     )*};
@@ -158,16 +157,20 @@ macro_rules! count_or_sort {
 
 count_or_sort!(f16, bf16);
 
+fn with_key<L: Lane>((lane, counts): Group<L>) -> Group<L::Key> {
+    (lane.key(), counts)
+}
+
 macro_rules! search_or_sort {
     ($($score:ty),*) => {$(
         impl Calibratable for $score {
-            fn lowest(samples: Given<Self>, targets: &[Target], rule: Rule, run: &Run) -> Keys<Self> {
+            fn lowest(samples: Given<Self>, targets: &[Target], rule: Rule, run: &Run) -> Groups<Self> {
                 let find = match run.method() {
                     Method::Fastest => search,
                     Method::Sort => exhaust,
                 };
-                let keys = find(&samples, Counts::default(), targets, rule, run)?;
-                Ok(keys.into_iter().map(|key| key.map(Lane::key)).collect())
+                let found = find(&samples, Counts::default(), targets, rule, run)?;
+                Ok(found.into_iter().map(|group| group.map(with_key)).collect())
             }
 
             fn lowest_left(
@@ -175,10 +178,10 @@ macro_rules! search_or_sort {
                 alive: &[u64],
                 target: Target,
                 run: &Run,
-            ) -> Result<Option<Self::Key>> {
+            ) -> Result<Option<Group<Self::Key>>> {
                 let left = Left::of(samples.scores, samples.correct, alive, run);
-                let keys = search(&left, Counts::default(), &[target], Rule::Set, run)?;
-                Ok(keys[0].map(Lane::key))
+                let found = search(&left, Counts::default(), &[target], Rule::Set, run)?;
+                Ok(found[0].map(with_key))
             }
         }
     )*};

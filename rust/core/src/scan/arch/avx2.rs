@@ -1,6 +1,6 @@
 //! AVX2: the compiler vectorises the counting by itself; moving a few lanes together it does not.
 
-use super::{Pass, Simd};
+use super::{Bits, Pass, Simd};
 use crate::isa::Avx2;
 use crate::samples::{BLOCK, Block, Lane};
 use std::arch::x86_64::*;
@@ -22,6 +22,38 @@ impl<L: Lane> Simd<L> for Avx2 {
         // SAFETY: `self` proves that the processor has the features.
         unsafe { Compress::compress(block, range, list) }
     }
+
+    #[inline(always)]
+    fn keep(self, block: &mut Block<L>, bits: &Bits) -> usize {
+        // SAFETY: as above.
+        unsafe { Compress::keep(block, bits) }
+    }
+
+    #[inline(always)]
+    fn prefetch<T>(self, soon: &[T]) {
+        prefetch(soon);
+    }
+
+    #[inline(always)]
+    fn bits(self, bytes: &[u8; 64]) -> u64 {
+        // SAFETY: as above; the loads are the halves of the array.
+        let half = |at: usize| unsafe {
+            let bytes = _mm256_loadu_si256(bytes.as_ptr().add(at).cast());
+            // The lowest bit of each byte becomes its highest; what moves over from its neighbour stays below.
+            _mm256_movemask_epi8(_mm256_slli_epi16::<7>(bytes)) as u32
+        };
+        u64::from(half(0)) | u64::from(half(32)) << 32
+    }
+}
+
+/// Fetch every cache line of a slice.
+#[inline(always)]
+pub(super) fn prefetch<T>(soon: &[T]) {
+    let start = soon.as_ptr().cast::<i8>();
+    for at in (0..size_of_val(soon)).step_by(64) {
+        // SAFETY: every x86-64 processor has the instruction; the address is within the slice, and nothing is read.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(start.add(at)) };
+    }
 }
 
 /// Gathering with vector instructions.
@@ -35,6 +67,14 @@ pub(crate) trait Compress: Sized {
         range: &Range<Self>,
         list: &mut Vec<<Self as Lane>::Packed>,
     ) where
+        Self: Lane;
+
+    /// Move the samples whose bit is set to the front; how many there are.
+    ///
+    /// # Safety
+    /// The processor must have AVX2 and POPCNT.
+    unsafe fn keep(block: &mut Block<Self>, bits: &Bits) -> usize
+    where
         Self: Lane;
 }
 
@@ -80,12 +120,12 @@ impl Compress for i32 {
     unsafe fn compress(block: &Block<i32>, range: &Range<i32>, list: &mut Vec<u32>) {
         list.reserve(BLOCK);
         let mut len = list.len();
-        // SAFETY: the caller vouches for the features.  Loads stay within the block, whose length is a multiple of
+        // SAFETY: the caller vouches for the features.  Loads stay within the block, whose end is a multiple of
         // eight.  Each of the BLOCK / 8 stores writes eight lanes from `len`, which has grown by at most eight for
         // every earlier one, so the last one ends within the reserved BLOCK; lanes below `len` have been written.
         unsafe {
             let (low, high) = (_mm256_set1_epi32(range.start), _mm256_set1_epi32(range.end));
-            for at in (0..BLOCK).step_by(8) {
+            for at in (0..block.end()).step_by(8) {
                 let keys = _mm256_loadu_si256(block.keys.as_ptr().add(at).cast());
                 let weights = _mm256_loadu_si256(block.weights.as_ptr().add(at).cast());
                 let inside = _mm256_andnot_si256(
@@ -103,6 +143,28 @@ impl Compress for i32 {
             list.set_len(len);
         }
     }
+
+    #[inline(always)]
+    unsafe fn keep(block: &mut Block<i32>, bits: &Bits) -> usize {
+        let mut count = 0;
+        // SAFETY: the caller vouches for the features.  Loads stay within the block, whose length is a multiple of
+        // eight.  Stores write eight lanes from `count`, which is no more than `at`.
+        unsafe {
+            let keys = block.keys.as_mut_ptr();
+            let weights = block.weights.as_mut_ptr();
+            for at in (0..BLOCK).step_by(8) {
+                let kept = (bits[at / 64] >> (at % 64)) as usize & 0xff;
+                let front = _mm256_loadu_si256(FRONT_OF_8[kept].as_ptr().cast());
+                let moved = |lanes: *mut i32| {
+                    _mm256_permutevar8x32_epi32(_mm256_loadu_si256(lanes.add(at).cast()), front)
+                };
+                _mm256_storeu_si256(keys.add(count).cast(), moved(keys));
+                _mm256_storeu_si256(weights.add(count).cast(), moved(weights));
+                count += kept.count_ones() as usize;
+            }
+        }
+        count
+    }
 }
 
 impl Compress for i64 {
@@ -116,7 +178,7 @@ impl Compress for i64 {
                 _mm256_set1_epi64x(range.start),
                 _mm256_set1_epi64x(range.end),
             );
-            for at in (0..BLOCK).step_by(4) {
+            for at in (0..block.end()).step_by(4) {
                 let keys = _mm256_loadu_si256(block.keys.as_ptr().add(at).cast());
                 let weights = _mm256_loadu_si256(block.weights.as_ptr().add(at).cast());
                 let inside = _mm256_andnot_si256(
@@ -133,5 +195,26 @@ impl Compress for i64 {
             }
             list.set_len(len);
         }
+    }
+
+    #[inline(always)]
+    unsafe fn keep(block: &mut Block<i64>, bits: &Bits) -> usize {
+        let mut count = 0;
+        // SAFETY: as for i32, with four lanes for eight.
+        unsafe {
+            let keys = block.keys.as_mut_ptr();
+            let weights = block.weights.as_mut_ptr();
+            for at in (0..BLOCK).step_by(4) {
+                let kept = (bits[at / 64] >> (at % 64)) as usize & 0xf;
+                let front = _mm256_loadu_si256(FRONT_OF_4[kept].as_ptr().cast());
+                let moved = |lanes: *mut i64| {
+                    _mm256_permutevar8x32_epi32(_mm256_loadu_si256(lanes.add(at).cast()), front)
+                };
+                _mm256_storeu_si256(keys.add(count).cast(), moved(keys));
+                _mm256_storeu_si256(weights.add(count).cast(), moved(weights));
+                count += kept.count_ones() as usize;
+            }
+        }
+        count
     }
 }

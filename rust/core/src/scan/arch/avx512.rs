@@ -1,6 +1,7 @@
 //! AVX-512: comparisons give masks, masks add and compress.
 
-use super::{Pass, Simd};
+use super::avx2::prefetch;
+use super::{Bits, Pass, Simd};
 use crate::isa::Avx512;
 use crate::samples::{BLOCK, Block, Lane};
 use std::arch::x86_64::*;
@@ -28,6 +29,26 @@ impl<L: Lane> Simd<L> for Avx512 {
         // SAFETY: as above.
         unsafe { Masked::compress(block, range, list) }
     }
+
+    #[inline(always)]
+    fn keep(self, block: &mut Block<L>, bits: &Bits) -> usize {
+        // SAFETY: as above.
+        unsafe { Masked::keep(block, bits) }
+    }
+
+    #[inline(always)]
+    fn prefetch<T>(self, soon: &[T]) {
+        prefetch(soon);
+    }
+
+    #[inline(always)]
+    fn bits(self, bytes: &[u8; 64]) -> u64 {
+        // SAFETY: as above; the load is the array.
+        unsafe {
+            let bytes = _mm512_loadu_si512(bytes.as_ptr().cast());
+            _mm512_test_epi8_mask(bytes, _mm512_set1_epi8(1))
+        }
+    }
 }
 
 /// Counting and gathering under masks.
@@ -50,23 +71,31 @@ pub(crate) trait Masked: Sized {
         list: &mut Vec<<Self as Lane>::Packed>,
     ) where
         Self: Lane;
+
+    /// Move the samples whose bit is set to the front; how many there are.
+    ///
+    /// # Safety
+    /// The processor must have AVX-512 F and POPCNT.
+    unsafe fn keep(block: &mut Block<Self>, bits: &Bits) -> usize
+    where
+        Self: Lane;
 }
 
 /// Write [`Masked`] for a lane: how many fit a register, how far a weight's flag is from the lowest bit, intrinsics.
 macro_rules! masked {
     (
-        $lane:ty, $packed:ty, $lanes:literal, $flag:literal, $set1:ident, $not_less:ident, $less:ident,
+        $lane:ty, $packed:ty, $mask:ty, $lanes:literal, $flag:literal, $set1:ident, $not_less:ident, $less:ident,
         $add_masked:ident, $sum:ident, $sub:ident, $shift_left:ident, $shift_right:ident, $or:ident, $compress:ident
     ) => {
         impl Masked for $lane {
             #[inline(always)]
             unsafe fn count<const N: usize>(block: &Block<$lane>, edges: [$lane; N]) -> [$lane; N] {
-                // SAFETY: the caller vouches for the features.  Loads stay within the block, whose length is a
+                // SAFETY: the caller vouches for the features.  Loads stay within the block, whose end is a
                 // multiple of the lanes.
                 unsafe {
                     let edges = edges.map(|edge| $set1(edge));
                     let mut sums = [_mm512_setzero_si512(); N];
-                    for at in (0..BLOCK).step_by($lanes) {
+                    for at in (0..block.end()).step_by($lanes) {
                         let keys = _mm512_loadu_si512(block.keys.as_ptr().add(at).cast());
                         let weights = _mm512_loadu_si512(block.weights.as_ptr().add(at).cast());
                         for (sum, edge) in sums.iter_mut().zip(edges) {
@@ -85,13 +114,13 @@ macro_rules! masked {
             ) {
                 list.reserve(BLOCK);
                 let mut len = list.len();
-                // SAFETY: the caller vouches for the features.  Loads stay within the block, whose length is a
+                // SAFETY: the caller vouches for the features.  Loads stay within the block, whose end is a
                 // multiple of the lanes.  Each of the stores writes all lanes from `len`, which has grown by at
                 // most that many for every earlier one, so the last one ends within the reserved BLOCK; lanes
                 // below `len` have been written.
                 unsafe {
                     let (low, high) = ($set1(range.start), $set1(range.end));
-                    for at in (0..BLOCK).step_by($lanes) {
+                    for at in (0..block.end()).step_by($lanes) {
                         let keys = _mm512_loadu_si512(block.keys.as_ptr().add(at).cast());
                         let weights = _mm512_loadu_si512(block.weights.as_ptr().add(at).cast());
                         let inside = $not_less(keys, low) & $less(keys, high);
@@ -105,6 +134,26 @@ macro_rules! masked {
                     list.set_len(len);
                 }
             }
+
+            #[inline(always)]
+            unsafe fn keep(block: &mut Block<$lane>, bits: &Bits) -> usize {
+                let mut count = 0;
+                // SAFETY: the caller vouches for the features.  Loads stay within the block, whose length is a
+                // multiple of the lanes.  Stores write all lanes from `count`, which is no more than `at`.
+                unsafe {
+                    let keys = block.keys.as_mut_ptr();
+                    let weights = block.weights.as_mut_ptr();
+                    for at in (0..BLOCK).step_by($lanes) {
+                        let kept = (bits[at / 64] >> (at % 64)) as $mask;
+                        let front = $compress(kept, _mm512_loadu_si512(keys.add(at).cast()));
+                        _mm512_storeu_si512(keys.add(count).cast(), front);
+                        let front = $compress(kept, _mm512_loadu_si512(weights.add(at).cast()));
+                        _mm512_storeu_si512(weights.add(count).cast(), front);
+                        count += kept.count_ones() as usize;
+                    }
+                }
+                count
+            }
         }
     };
 }
@@ -112,6 +161,7 @@ macro_rules! masked {
 masked!(
     i32,
     u32,
+    u16,
     16,
     16,
     _mm512_set1_epi32,
@@ -128,6 +178,7 @@ masked!(
 masked!(
     i64,
     u64,
+    u8,
     8,
     32,
     _mm512_set1_epi64,
