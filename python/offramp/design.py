@@ -318,9 +318,11 @@ def as_groups(groups: Any, samples: int) -> Groups:
     if found.shape != (samples,) or found.dtype.hasobject:
         raise InputError(f"groups has shape {found.shape}: give one id for each of the {samples} samples")
     # Tokens of a sequence mostly stand together: number the stretches, which are few.
-    begins = np.append(True, found[1:] != found[:-1])
-    _, numbers = np.unique(found[begins], return_inverse=True)
-    lengths = np.diff(np.append(np.flatnonzero(begins), samples))
+    begins = np.ones(samples, bool)
+    begins[1:] = found[1:] != found[:-1]
+    starts = np.flatnonzero(begins)
+    _, numbers = np.unique(found[starts], return_inverse=True)
+    lengths = np.diff(np.append(starts, samples))
     of = np.repeat(numbers.astype(np.uint32), lengths)
     sizes = np.bincount(numbers, weights=lengths)
     return Groups(of, len(sizes), int(sizes.max()))

@@ -7,9 +7,12 @@
 use crate::binomial::SAFE;
 use crate::error::{Error, Result};
 use crate::guarantee::Claim;
-use crate::ladder::{Bucketed, Steps};
+use crate::ladder::{Bucketed, Placed, Steps};
+use crate::order::{Key, Score};
 use crate::run::Run;
 use crate::survivors::Survivors;
+use crate::tally::Counts;
+use crate::validate::require_valid;
 
 /// The share of the highest stake that is ever put in, so that no group can take everything.
 const BOLDNESS: f64 = 0.9;
@@ -44,11 +47,20 @@ impl Tally {
 impl Clusters<'_> {
     /// A group for every sample, each one known.
     pub(crate) fn require(&self, samples: usize) -> Result<()> {
-        let fits = self.of.len() == samples
-            && self.most > 0
-            && (self.of.iter().fold(0, |most, &group| most.max(group)) as usize) < self.count;
-        if fits { Ok(()) } else { Err(Error::NotGroups) }
+        self.suit(samples, highest(self.of))
     }
+
+    fn suit(&self, samples: usize, highest: u32) -> Result<()> {
+        if self.of.len() == samples && self.most > 0 && (highest as usize) < self.count {
+            Ok(())
+        } else {
+            Err(Error::NotGroups)
+        }
+    }
+}
+
+fn highest(groups: &[u32]) -> u32 {
+    groups.iter().fold(0, |most, &group| most.max(group))
 }
 
 /// Whether bets on the groups, in their order, refute a risk above alpha.
@@ -79,9 +91,9 @@ pub(crate) fn wealth_suffices(groups: &[Tally], claim: Claim, most: u32) -> bool
 }
 
 /// Samples parted by the thresholds they lie between, to bet at one threshold after another.
-pub(crate) struct Bets<'a> {
+pub(crate) struct Bets<'a, S: Score> {
     clusters: Clusters<'a>,
-    parts: Vec<Part>,
+    parts: Vec<Part<S::Key>>,
     tallies: Vec<Tally>,
     /// The threshold at which the tallies stand, and where they start: one past the last that a score can reach.
     place: usize,
@@ -89,20 +101,24 @@ pub(crate) struct Bets<'a> {
 }
 
 /// The groups of some samples, by threshold and then by flag.
-struct Part {
+struct Part<K> {
     groups: Vec<u32>,
     starts: Vec<u32>,
+    highest: u32,
+    /// The lowest and the highest score.
+    range: (K, K),
+    valid: bool,
 }
 
-impl<'a> Bets<'a> {
-    /// Samples known to be valid, for thresholds in ascending order.
-    pub fn place<S: Bucketed>(
+impl<'a, S: Bucketed> Bets<'a, S> {
+    /// For thresholds in ascending order.
+    pub fn place(
         samples: &Survivors<S>,
         thresholds: &[f64],
         clusters: Clusters<'a>,
         run: &Run,
     ) -> Result<Self> {
-        clusters.require(samples.scores.len())?;
+        clusters.suit(samples.scores.len(), 0)?;
         let steps = Steps::<S>::at(thresholds);
         let pieces = samples
             .scores
@@ -112,18 +128,45 @@ impl<'a> Bets<'a> {
             .collect();
         let isa = run.instruction_set();
         let parts = run.map(pieces, |((scores, correct), groups)| {
-            Part::of(
-                &steps.cells(scores, correct, isa),
-                2 * (steps.count() + 1),
-                groups,
-            )
+            let placed = steps.place(scores, correct, isa);
+            Part::of(&placed, 2 * (steps.count() + 1), groups)
         })?;
+        if parts.iter().any(|part| !part.valid) {
+            require_valid(samples.scores, samples.correct, None, run)?;
+        }
+        let highest = parts.iter().map(|part| part.highest).max();
+        clusters.suit(samples.scores.len(), highest.unwrap_or(0))?;
         Ok(Self {
             clusters,
             parts,
             tallies: vec![Tally::default(); clusters.count],
             place: steps.count(),
             end: steps.count(),
+        })
+    }
+
+    /// Whether all scores are at least the one number and below the other.
+    pub fn lie_within(&self, low: f64, beyond: f64) -> bool {
+        let (low, beyond) = (S::at_least(low), S::at_least(beyond));
+        self.parts.iter().all(|part| {
+            low.is_some_and(|low| part.range.0 >= low)
+                && beyond.is_none_or(|beyond| part.range.1 < beyond)
+        })
+    }
+
+    /// What a threshold accepts.
+    pub fn counts(&self, place: usize) -> Counts {
+        let from_here_up = 2 * (place + 1);
+        let cells = self.parts.iter().flat_map(|part| {
+            let ends = part.starts.windows(2).enumerate();
+            ends.skip(from_here_up)
+        });
+        cells.fold(Counts::default(), |sum, (cell, ends)| {
+            let accepted = (ends[1] - ends[0]) as usize;
+            sum + Counts {
+                accepted,
+                correct: accepted * (cell % 2),
+            }
         })
     }
 
@@ -159,8 +202,9 @@ impl<'a> Bets<'a> {
     }
 }
 
-impl Part {
-    fn of(cells: &[u32], count: usize, groups: &[u32]) -> Self {
+impl<K: Key> Part<K> {
+    fn of(placed: &Placed<K>, count: usize, groups: &[u32]) -> Self {
+        let cells = &placed.cells;
         let mut starts = vec![0; count + 1];
         for &cell in cells {
             starts[cell as usize + 1] += 1;
@@ -178,6 +222,9 @@ impl Part {
         Self {
             groups: parted,
             starts,
+            highest: highest(groups),
+            range: placed.range,
+            valid: placed.valid,
         }
     }
 }

@@ -112,13 +112,13 @@ pub fn certify<S: Bucketed>(
     require_level(delta)?;
     let claim = Claim::new(eps, delta);
     let samples = Survivors::all(scores, correct);
-    let ladder = Ladder::count(samples, run)?;
+    let ladder = || Ladder::count(samples, run);
     let found = match method {
-        Certification::Evidence(None) => ladder
+        Certification::Evidence(None) => ladder()?
             .lowest(|counts| claim.is_evident(counts))?
             .map(|(key, counts)| (S::from_key(key).value(), counts, eps)),
         Certification::Evidence(Some(grid)) => {
-            let counts = ladder.at(grid)?;
+            let counts = ladder()?.at(grid)?;
             let place = counts.iter().position(|&counts| claim.is_evident(counts));
             place.map(|place| (grid[place], counts[place], eps))
         }
@@ -127,7 +127,10 @@ pub fn certify<S: Bucketed>(
             starts,
             unit,
         }) => {
-            require_unit(&ladder, unit)?;
+            let ladder = ladder()?;
+            let counts = ladder.at(&[0.0, beyond_unit()])?;
+            let is_within = counts[0] == ladder.total() && counts[1].accepted == 0;
+            require_unit(unit, is_within)?;
             let counts = ladder.at(grid)?;
             let claim = claim.shared(starts.len());
             let place = walk(starts, |place| Ok(claim.holds(counts[place])))?;
@@ -141,18 +144,17 @@ pub fn certify<S: Bucketed>(
             },
             clusters,
         ) => {
-            require_unit(&ladder, unit)?;
-            let counts = ladder.at(grid)?;
-            let claim = claim.shared(starts.len());
             let mut bets = Bets::place(&samples, grid, clusters, run)?;
+            require_unit(unit, bets.lie_within(0.0, beyond_unit()))?;
+            let claim = claim.shared(starts.len());
             let place = walk(starts, |place| {
                 run.check()?;
                 Ok(bets.suffice(place, claim))
             })?;
-            place.map(|place| (grid[place], counts[place], eps))
+            place.map(|place| (grid[place], bets.counts(place), eps))
         }
-        Certification::Bonferroni(ranks) => bonferroni(&ladder, ranks, claim)?,
-        Certification::Sgr => sgr(&ladder, claim)?,
+        Certification::Bonferroni(ranks) => bonferroni(&ladder()?, ranks, claim)?,
+        Certification::Sgr => sgr(&ladder()?, claim)?,
     };
     let nothing = (f64::INFINITY, Counts::default(), f64::NAN);
     let (threshold, counts, bound) = found.unwrap_or(nothing);
@@ -176,16 +178,17 @@ pub(crate) fn require_level(delta: f64) -> Result<()> {
 }
 
 /// Thresholds from 0 to 1 are no good for other scores.
-fn require_unit<S: Bucketed>(ladder: &Ladder<S>, unit: bool) -> Result<()> {
-    // What float32 can tell from 1.
-    let beyond = f64::from(1.0f32.next_up());
-    let counts = ladder.at(&[0.0, beyond])?;
-    let inside = counts[0] == ladder.total() && counts[1].accepted == 0;
-    if inside || !unit {
+fn require_unit(unit: bool, are_within: bool) -> Result<()> {
+    if are_within || !unit {
         Ok(())
     } else {
         Err(Error::OffLattice)
     }
+}
+
+/// What float32 can tell from 1.
+fn beyond_unit() -> f64 {
+    f64::from(1.0f32.next_up())
 }
 
 /// The lowest place that a walk down from one of the starts reaches before its first failure.

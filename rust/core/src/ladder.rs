@@ -637,8 +637,8 @@ impl<S: Bucketed> Steps<S> {
         self.edges.len()
     }
 
-    /// How many a score reaches, for each sample; twice that, and one more where it is correct.
-    pub fn cells(&self, scores: &[S], correct: &[u8], isa: InstructionSet) -> Vec<u32> {
+    /// Place samples among them.
+    pub fn place(&self, scores: &[S], correct: &[u8], isa: InstructionSet) -> Placed<S::Key> {
         let place = Place {
             scores,
             correct,
@@ -646,6 +646,16 @@ impl<S: Bucketed> Steps<S> {
         };
         pass(isa, place)
     }
+}
+
+/// Samples among thresholds.
+pub(crate) struct Placed<K> {
+    /// How many thresholds each reaches; twice that, and one more where it is correct.
+    pub cells: Vec<u32>,
+    /// The lowest and the highest key.
+    pub range: (K, K),
+    /// Whether all are valid; if not, the rest means nothing.
+    pub valid: bool,
 }
 
 /// Place samples among thresholds.
@@ -656,16 +666,21 @@ struct Place<'a, S: Score> {
 }
 
 impl<S: Bucketed> Pass<i32> for Place<'_, S> {
-    type Found = Vec<u32>;
+    type Found = Placed<S::Key>;
 
     #[inline(always)]
-    fn run(self, _: impl Simd<i32>) -> Vec<u32> {
+    fn run(self, _: impl Simd<i32>) -> Self::Found {
         let Steps { edges, reached } = self.steps;
         let mut cells = Vec::with_capacity(self.scores.len());
         let mut buckets = [0u32; TOGETHER];
+        let (mut lowest, mut highest) = (S::Key::from_index(usize::MAX), S::Key::default());
+        let mut valid = true;
         Survivors::all(self.scores, self.correct).words(|_, scores, correct| {
-            for (bucket, score) in buckets.iter_mut().zip(scores) {
+            for ((bucket, score), flag) in buckets.iter_mut().zip(scores).zip(correct) {
                 *bucket = self::bucket(*score);
+                lowest = lowest.min(score.key());
+                highest = highest.max(score.key());
+                valid &= score.is_finite() & (*flag <= 1);
             }
             let samples = scores.iter().zip(correct);
             cells.extend(
@@ -676,11 +691,15 @@ impl<S: Bucketed> Pass<i32> for Place<'_, S> {
                         let (all, some) = reached[bucket as usize];
                         let inside = &edges[all as usize..some as usize];
                         let above = inside.partition_point(|&edge| edge <= score.key());
-                        2 * (all + above as u32) + u32::from(flag)
+                        2 * (all + above as u32) + u32::from(flag & 1)
                     }),
             );
         });
-        cells
+        Placed {
+            cells,
+            range: (lowest, highest),
+            valid,
+        }
     }
 }
 
