@@ -11,6 +11,7 @@
 use crate::cascade::{Heads, Keys};
 use crate::error::{Error, Result};
 use crate::run::Run;
+use crate::scan::{Pass, Simd, pass};
 use crate::sort::sort_pairs;
 use crate::threshold::Calibratable;
 
@@ -33,6 +34,9 @@ const MOST_HEADS: usize = EXITS - 2;
 /// Samples summed together, and samples one thread looks at before it takes more work.
 const STRETCH: usize = 1 << 12;
 const PIECE: usize = 1 << 18;
+/// Samples whose states lie in the second-level cache.  More are numbered by one head's scores: those that are near by
+/// another's then tend to be near in memory too.
+const NEAR: usize = 1 << 21;
 /// What sums over a stretch may be wrong by through rounding: this share of the most that all samples could change.
 /// Two to the twelfth samples round two to the twelfth times, each time by 1.1e-16 of what they add up to.
 const ROUNDED: f64 = 1e-12;
@@ -54,37 +58,7 @@ pub(crate) fn cheapest<S: Calibratable>(
     allowance: Allowance,
     run: &Run,
 ) -> Result<Keys<S>> {
-    let search = Search::new(heads, alive, allowance, run)?;
-    let start = search.choice(start);
-    let mut best = Best {
-        cost: f64::INFINITY,
-        ends: vec![0; heads.count],
-    };
-    best.offer(&search, &search.choice(&vec![None; heads.count]), run)?;
-    best.offer(&search, &start, run)?;
-    let (mut low, mut high) = RANGE;
-    for _ in 0..PRICES {
-        let middle = low.midpoint(high);
-        let terms = Terms {
-            price: allowance.costs[heads.count] * middle.exp2(),
-            bounded: false,
-        };
-        let found = search.rounds(start.clone(), terms, run)?;
-        if best.offer(&search, &found, run)? {
-            high = middle;
-        } else {
-            low = middle;
-        }
-    }
-    let terms = Terms {
-        price: 0.0,
-        bounded: true,
-    };
-    for choice in [search.choice(&search.keys(&best.ends)), start] {
-        let found = search.rounds(choice, terms, run)?;
-        best.offer(&search, &found, run)?;
-    }
-    Ok(search.keys(&best.ends))
+    Search::new(heads, alive, allowance, NEAR, run)?.cheapest(start, run)
 }
 
 /// The cheapest thresholds so far.
@@ -193,7 +167,10 @@ impl Stretch {
             stretch.states[state] += 1;
             value += changes[state].0;
             wrong += changes[state].1;
-            stretch.lowest = stretch.lowest.min(value);
+            // Not `min`, which would mind NaN.
+            if value < stretch.lowest {
+                stretch.lowest = value;
+            }
             stretch.fewest = stretch.fewest.min(wrong);
         }
         stretch
@@ -211,7 +188,14 @@ struct Search<'a, S: Calibratable> {
 }
 
 impl<'a, S: Calibratable> Search<'a, S> {
-    fn new(heads: &Heads<S>, alive: &[u64], allowance: Allowance<'a>, run: &Run) -> Result<Self> {
+    /// More than `near` samples are numbered by a head's scores.
+    fn new(
+        heads: &Heads<S>,
+        alive: &[u64],
+        allowance: Allowance<'a>,
+        near: usize,
+        run: &Run,
+    ) -> Result<Self> {
         if heads.count > MOST_HEADS {
             return Err(Error::TooManyHeads {
                 heads: heads.count,
@@ -219,8 +203,7 @@ impl<'a, S: Calibratable> Search<'a, S> {
             });
         }
         let is_alive = |&sample: &usize| alive[sample / 64] >> (sample % 64) & 1 == 1;
-        let samples: Vec<usize> = (0..heads.samples).filter(is_alive).collect();
-        let falling = |head| {
+        let falling = |head: usize, samples: &[usize]| {
             let scores = heads.row(head).0;
             let keys = samples.iter().map(|&at| scores[at].key());
             let items: Vec<_> = keys.zip(0..).collect();
@@ -229,6 +212,11 @@ impl<'a, S: Calibratable> Search<'a, S> {
             items.reverse();
             Ok(items)
         };
+        let mut samples: Vec<usize> = (0..heads.samples).filter(is_alive).collect();
+        if samples.len() > near {
+            let order: Vec<(S::Key, u32)> = falling(0, &samples)?;
+            samples = order.iter().map(|&(_, at)| samples[at as usize]).collect();
+        }
         let wrong = |&at: &usize| {
             let is_wrong = |head: usize| u64::from(heads.row(head).1[at] == 0) << head;
             (0..heads.count).map(is_wrong).sum()
@@ -236,9 +224,45 @@ impl<'a, S: Calibratable> Search<'a, S> {
         Ok(Self {
             allowance,
             samples: samples.len(),
-            falling: (0..heads.count).map(falling).collect::<Result<_>>()?,
+            falling: (0..heads.count)
+                .map(|head| falling(head, &samples))
+                .collect::<Result<_>>()?,
             wrong: samples.iter().map(wrong).collect(),
         })
+    }
+
+    fn cheapest(&self, start: &Keys<S>, run: &Run) -> Result<Keys<S>> {
+        let heads = self.falling.len();
+        let start = self.choice(start);
+        let mut best = Best {
+            cost: f64::INFINITY,
+            ends: vec![0; heads],
+        };
+        best.offer(self, &self.choice(&vec![None; heads]), run)?;
+        best.offer(self, &start, run)?;
+        let (mut low, mut high) = RANGE;
+        for _ in 0..PRICES {
+            let middle = low.midpoint(high);
+            let terms = Terms {
+                price: self.allowance.costs[heads] * middle.exp2(),
+                bounded: false,
+            };
+            let found = self.rounds(start.clone(), terms, run)?;
+            if best.offer(self, &found, run)? {
+                high = middle;
+            } else {
+                low = middle;
+            }
+        }
+        let terms = Terms {
+            price: 0.0,
+            bounded: true,
+        };
+        for choice in [self.choice(&self.keys(&best.ends)), start] {
+            let found = self.rounds(choice, terms, run)?;
+            best.offer(self, &found, run)?;
+        }
+        Ok(self.keys(&best.ends))
     }
 
     fn allows(&self, wrong: i64) -> bool {
@@ -383,20 +407,76 @@ impl<'a, S: Calibratable> Search<'a, S> {
             .zip(self.wrong.chunks(PIECE))
             .zip(states.chunks_mut(PIECE))
             .collect();
-        let wrong = run.map(pieces, |((reached, wrong), states): (_, &mut [u8])| {
-            let mut sum = 0;
-            for ((reached, wrong), state) in reached.iter().zip(wrong).zip(states) {
-                let next = (reached & !(1 << head)).trailing_zeros();
-                let (here, there) = ((wrong >> head & 1) as u8, (wrong >> next & 1) as u8);
-                sum += i64::from(there);
-                *state = if next as usize > head {
-                    next as u8 | (here * WRONG_HERE) | (there * WRONG_NEXT)
-                } else {
-                    GONE
-                };
-            }
-            sum
+        let isa = run.instruction_set();
+        let wrong = run.map(pieces, |((reached, wrong), states)| {
+            let without = Without {
+                head,
+                reached,
+                wrong,
+                states,
+            };
+            pass(isa, without)
         })?;
         Ok((states, wrong.into_iter().sum()))
+    }
+}
+
+/// The states of some samples if a head took none, and how many would be wrong.
+struct Without<'a> {
+    head: usize,
+    reached: &'a [u64],
+    wrong: &'a [u64],
+    states: &'a mut [u8],
+}
+
+impl Pass<i32> for Without<'_> {
+    type Found = i64;
+
+    #[inline(always)]
+    fn run(self, _: impl Simd<i32>) -> i64 {
+        let head = 1 << self.head;
+        let mut sum = 0;
+        let samples = self.reached.iter().zip(self.wrong);
+        for (state, (reached, wrong)) in self.states.iter_mut().zip(samples) {
+            let others = reached & !head;
+            let next = others & others.wrapping_neg();
+            let (here, there) = (wrong & head != 0, wrong & next != 0);
+            sum += i64::from(there);
+            let known = next.trailing_zeros() as u8
+                | if here { WRONG_HERE } else { 0 }
+                | if there { WRONG_NEXT } else { 0 };
+            *state = if next > head { known } else { GONE };
+        }
+        sum
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::survivors::everyone;
+
+    #[test]
+    fn the_numbering_of_samples_changes_nothing() {
+        let noise = |i: usize| (i * 7919 % 1009) as f64 / 1009.0;
+        let scores: Vec<f64> = (0..3 * 5000)
+            .map(|i| (noise(i % 5000) + noise(i + 1)) / 2.0)
+            .map(|score| (score * 500.0).round())
+            .collect();
+        let correct: Vec<u8> = (0..3 * 5000)
+            .map(|i| u8::from(noise(3 * i) * 500.0 < scores[i] + 100.0))
+            .collect();
+        let heads = Heads::new(&scores, &correct, 3).unwrap();
+        let (alive, run) = (everyone(5000), Run::on(2));
+        let allowance = Allowance {
+            costs: &[1.0, 2.0, 3.0, 6.0],
+            share: 0.1,
+        };
+        let found = [0, usize::MAX].map(|near| {
+            let search = Search::new(&heads, &alive, allowance, near, &run).unwrap();
+            search.cheapest(&vec![None; 3], &run).unwrap()
+        });
+        assert!(found[0].iter().any(Option::is_some));
+        assert_eq!(found[0], found[1]);
     }
 }
