@@ -228,3 +228,85 @@ impl<K: Key> Part<K> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const CLAIM: Claim = Claim {
+        alpha: 0.5,
+        delta: 0.05,
+    };
+
+    fn group(accepted: u32, wrong: u32) -> Tally {
+        Tally { accepted, wrong }
+    }
+
+    #[test]
+    fn groups_must_be_known() {
+        let clusters = |count, most| Clusters {
+            of: &[0, 2, 1],
+            count,
+            most,
+        };
+        assert_eq!(clusters(3, 1).require(3), Ok(()));
+        assert_eq!(clusters(2, 1).require(3), Err(Error::NotGroups));
+        assert_eq!(clusters(3, 0).require(3), Err(Error::NotGroups));
+        assert_eq!(clusters(3, 1).require(2), Err(Error::NotGroups));
+    }
+
+    #[test]
+    fn what_accepts_nothing_is_never_certified() {
+        let claim = Claim {
+            alpha: 1.0,
+            ..CLAIM
+        };
+        assert!(!wealth_suffices(&[group(0, 0)], claim, 1));
+        assert!(wealth_suffices(&[group(0, 0), group(1, 1)], claim, 1));
+    }
+
+    #[test]
+    fn wealth_that_is_just_enough_is_not() {
+        // One bet at the highest stake, 0.9 / 0.5, on a Z of 1 / 2.
+        let wealth = 1.9;
+        let certified = |delta| wealth_suffices(&[group(1, 0)], Claim { delta, ..CLAIM }, 1);
+        assert!(!certified(1.0 / wealth));
+        assert!(certified(1.0 / wealth * (1.0 + 1e-8)));
+    }
+
+    #[test]
+    fn bets_may_go_up_and_down() {
+        let noise = |i: usize, m: usize| i.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40 & (m - 1);
+        let samples = 3 * PIECE / 2;
+        let scores: Vec<f32> = (0..samples).map(|i| noise(i, 64) as f32).collect();
+        let correct: Vec<u8> = (0..samples).map(|i| noise(i + 7, 2) as u8).collect();
+        let of: Vec<u32> = (0..samples).map(|i| noise(i / 3, 128) as u32).collect();
+        let clusters = Clusters {
+            of: &of,
+            count: 128,
+            most: samples as u32,
+        };
+        let thresholds = [3.0, 3.5, 17.0, 40.0, 63.0, 64.0, 1e9];
+        let (samples, run) = (Survivors::all(&scores, &correct), Run::on(2));
+        let place = || Bets::place(&samples, &thresholds, clusters, &run).unwrap();
+        let mut bets = place();
+        for at in [4, 1, 0, 3, 2, 6, 5, 0, 6] {
+            bets.suffice(at, CLAIM);
+            let mut expected = vec![Tally::default(); 128];
+            for ((&score, &flag), &group) in scores.iter().zip(&correct).zip(&of) {
+                if f64::from(score) >= thresholds[at] {
+                    expected[group as usize].add(flag);
+                }
+            }
+            assert_eq!(bets.tallies, expected, "{at}");
+            let sum = |of: fn(&Tally) -> u32| expected.iter().map(|t| of(t) as usize).sum();
+            let counts = bets.counts(at);
+            let accepted: usize = sum(|tally| tally.accepted);
+            assert_eq!(counts.accepted, accepted);
+            let wrong: usize = sum(|tally| tally.wrong);
+            assert_eq!(accepted - counts.correct, wrong);
+        }
+        assert!(place().lie_within(0.0, 64.0));
+        assert!(!place().lie_within(0.0, 63.0) && !place().lie_within(0.5, 64.0));
+    }
+}

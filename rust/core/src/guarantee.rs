@@ -280,3 +280,61 @@ fn bound(counts: Counts, delta: f64) -> f64 {
     // The difference is rounded; one step down is on the safe side.
     (1.0 - upper_bound(errors, n, delta)).next_down().max(0.0)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_more_risk_is_allowed_than_was_asked_for() {
+        let mut rounded = 0;
+        for step in 0..1000 {
+            let eps = f64::from(step) / 1000.0 + 1e-9;
+            let alpha = Claim::new(eps, 0.05).alpha;
+            // Exact for alpha of a half or more, as it is for eps below a half.
+            assert!(1.0 - alpha >= eps, "{eps}");
+            rounded += usize::from(1.0 - (1.0 - eps) < eps);
+        }
+        assert!(rounded > 0);
+    }
+
+    #[test]
+    fn bounds_are_rounded_down() {
+        for wrong in 0..100 {
+            let counts = Counts {
+                accepted: 1000,
+                correct: 1000 - wrong,
+            };
+            // The difference from 1 is exact, since the bound is above a half.
+            assert!(1.0 - bound(counts, 0.05) >= upper_bound(wrong as u64, 1000, 0.05));
+        }
+    }
+
+    #[test]
+    fn a_lattice_up_to_one_takes_what_float32_would_round_to_one() {
+        let walk = Walk {
+            thresholds: &[0.0, 0.5, 1.0],
+            starts: &[1],
+            unit: true,
+        };
+        let clusters = Clusters {
+            of: &[0; 100],
+            count: 1,
+            most: 100,
+        };
+        let (run, correct) = (Run::on(1), [1; 100]);
+        for method in [
+            Certification::FixedSequence(walk),
+            Certification::Betting(walk, clusters),
+        ] {
+            let found = |highest: f64, lowest: f64| {
+                let mut scores = [0.7; 100];
+                (scores[3], scores[4]) = (highest, lowest);
+                certify(&scores, &correct, 0.9, 0.05, method, &run).map(|found| found.accepted)
+            };
+            assert!(found(1.0 + 5e-8, 0.0).is_ok());
+            assert_eq!(found(1.0 + 2e-7, 0.0), Err(Error::OffLattice));
+            assert_eq!(found(1.0, -1e-9), Err(Error::OffLattice));
+        }
+    }
+}
