@@ -79,6 +79,14 @@ def test_budgets_agree_with_the_reference_where_samples_are_summed_in_stretches(
     assert assert_same(scores, correct, 0.9, mode="budget", costs=[2.0, 1.0, 4.0], budget=0.05).found
 
 
+@pytest.mark.parametrize("groups", [None, np.arange(1500) // 10])
+def test_certified_budgets_agree_with_the_reference(groups):
+    asked = {"mode": "budget", "costs": [1.0, 2.0, 4.0], "delta": 0.1, "groups": groups}
+    for seed, budget in enumerate([0.12, 0.15, 0.2]):
+        scores, correct = heads_like(np.random.default_rng(seed), 2, 1500)
+        assert assert_same(scores, correct, 0.9, budget=budget, **asked).found
+
+
 def test_sequential_thresholds_hold_on_what_reaches_each_head():
     rng = np.random.default_rng(3)
     for _ in range(20):
