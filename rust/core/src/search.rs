@@ -177,7 +177,7 @@ fn count_in_cells<X: Samples>(samples: &X, above: Counts, run: &Run) -> Result<M
 
 /// A larger sample gathers less; about here both cost the same.
 fn sketch_size(len: usize) -> usize {
-    (0.6 * (len as f64).powf(2.0 / 3.0)) as usize
+    (len as f64).powf(2.0 / 3.0) as usize
 }
 
 /// The lowest ranges that hold about `room` samples together, at least one.
