@@ -130,6 +130,17 @@ def test_each_position_takes_the_first_head_that_would_have_exited(exits):
     assert taken == {0, 1, 2, 3}
 
 
+def test_verify_mode_scores_as_the_whole_model(exits):
+    """What it emits is the whole model's, whatever its heads draft."""
+    tokens = torch.randint(6, 60, (2, 20), generator=torch.Generator().manual_seed(6))
+    off, verify, early = (
+        OfframpLM(exits, mode=mode, thresholds=thresholds, batch_size=2)._model_call(tokens)
+        for mode, thresholds in (("off", None), ("verify", [0.0] * 3), ("exit", [0.0] * 3))
+    )
+    assert torch.equal(verify, off)
+    assert not torch.equal(early, off)
+
+
 def test_what_is_remembered_scores_as_what_is_run(exits, monkeypatch):
     plain = OfframpLM(exits, eps=0.3, batch_size=2)
     keeping = OfframpLM(exits, eps=0.5, batch_size=2, remember=True)
