@@ -15,6 +15,7 @@ import offramp
 import pytest
 import torch
 from tiny import make_model
+from transformers import GPT2Config, GPT2LMHeadModel
 
 if find_spec("lm_eval") is None:
     pytest.skip("needs lm_eval (offramp[eval])", allow_module_level=True)
@@ -139,6 +140,43 @@ def test_verify_mode_scores_as_the_whole_model(exits):
     )
     assert torch.equal(verify, off)
     assert not torch.equal(early, off)
+
+
+@torch.no_grad()
+def test_positions_count_from_the_first_token():
+    """Seen only where they are learnt: turned ones tell distances alone."""
+    torch.manual_seed(3)
+    config = GPT2Config(vocab_size=89, n_embd=32, n_layer=4, n_head=4, n_positions=64)
+    model = GPT2LMHeadModel(config).eval()
+    ours = OfframpLM(offramp.EarlyExitModel(model, byte_tokenizer(), layers=(2,)), mode="off")
+    tokens = torch.randint(6, 60, (2, 20), generator=torch.Generator().manual_seed(6))
+    _, final = ours._states(tokens)
+    torch.testing.assert_close(ours.exits.trunk.logits(final), model(tokens).logits)
+
+
+def test_texts_of_one_length_are_remembered_apart(exits):
+    generator = torch.Generator().manual_seed(6)
+    keeping, plain = (OfframpLM(exits, eps=0.3, remember=remember) for remember in (True, False))
+    for _ in range(2):
+        tokens = torch.randint(6, 60, (2, 20), generator=generator)
+        assert torch.equal(keeping._model_call(tokens), plain._model_call(tokens))
+
+
+def test_a_temperature_asks_for_samples(exits, monkeypatch):
+    asked = []
+    monkeypatch.setattr(exits, "generate", lambda **settings: asked.append(settings) or settings["input_ids"])
+    ours = OfframpLM(exits, eps=0.3)
+    tokens = torch.full((1, 5), 7)
+    for settings in (
+        {},
+        {"temperature": 0.0},
+        {"temperature": 0.7},
+        {"temperature": 0.7, "do_sample": False},
+    ):
+        ours._model_generate(tokens, 8, ["</s>"], **settings)
+    assert [item["do_sample"] for item in asked] == [False, False, True, False]
+    assert [item.get("temperature") for item in asked] == [None, None, 0.7, 0.7]
+    assert {item["max_length"] for item in asked} == {8}
 
 
 def test_what_is_remembered_scores_as_what_is_run(exits, monkeypatch):
