@@ -439,7 +439,8 @@ class Trainer:
     @property
     def _narrow(self) -> bool:
         wanted = self.config.precision
-        able = torch.cuda.is_bf16_supported() if self.trunk.device.type == "cuda" else BFLOAT16_UNITS
+        kind = self.trunk.device.type
+        able = torch.cuda.is_bf16_supported() if kind == "cuda" else kind == "cpu" and BFLOAT16_UNITS
         return wanted == "bfloat16" or (wanted == "auto" and able)
 
     def _precision(self) -> AbstractContextManager[Any]:
