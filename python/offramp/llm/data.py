@@ -32,7 +32,7 @@ FIT_ROWS = 20_000
 """Rows a head's first linear map is fitted on."""
 
 _FORMAT = 3
-_BATCH = 64
+_BATCH = 96
 _LOGITS_CHUNK = 256
 # Every prompt is continued greedily first, which is what calibration and serving see; warmer continuations are more
 # text of the same prompts.

@@ -43,7 +43,7 @@ from offramp.llm.trunk import Trunk
 from offramp.llm.verifying import decode_verified
 from offramp.monitor import Monitor
 
-_BATCH = 64
+_BATCH = 96
 
 
 class EarlyExitModel:
@@ -420,7 +420,7 @@ class EarlyExitModel:
         max_new_tokens: int = 96,
         progress: Progress | None = None,
     ) -> list[TokenSequence]:
-        """Let the full model continue prompts greedily, 64 at a time, until there are ``tokens`` new tokens.
+        """Let the full model continue prompts greedily, 96 at a time, until there are ``tokens`` new tokens.
 
         Parameters
         ----------
