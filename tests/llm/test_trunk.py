@@ -127,36 +127,6 @@ def test_a_lean_path_that_deviates_is_given_up(monkeypatch, part):
     assert not trunk.is_lean
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 8, 9])
-@pytest.mark.parametrize("biased", [False, True])
-def test_few_rows_by_either_product(monkeypatch, rows, biased):
-    generator = torch.Generator().manual_seed(rows)
-    hidden, weight = (torch.randn(shape, generator=generator) for shape in ((1, rows, 16), (24, 16)))
-    bias = torch.randn(24, generator=generator) if biased else None
-    expected = torch.nn.functional.linear(hidden, weight, bias)
-    for columns in (True, False):
-        monkeypatch.setattr(lean, "_ROWS_AS_COLUMNS", columns)
-        torch.testing.assert_close(lean.linear(hidden, weight, bias), expected)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("rows", [1, 3, 4, 9])
-@pytest.mark.parametrize("biased", [False, True])
-def test_rows_of_halves_by_either_product(monkeypatch, rows, dtype, biased):
-    """Widened for the product, they are summed in float32 and rounded once."""
-    generator = torch.Generator().manual_seed(rows)
-    hidden, weight = (torch.randn(shape, generator=generator).to(dtype) for shape in ((rows, 16), (24, 16)))
-    bias = torch.randn(24, generator=generator).to(dtype) if biased else None
-    expected = torch.nn.functional.linear(hidden.double(), weight.double()).to(dtype)
-    expected = expected if bias is None else expected + bias
-    monkeypatch.setattr(lean, "_PART", 7)
-    monkeypatch.setattr(lean, "_WIDE", 24)
-    for columns, units in ((True, False), (False, True), (False, False)):
-        monkeypatch.setattr(lean, "_ROWS_AS_COLUMNS", columns)
-        monkeypatch.setattr(lean, "BFLOAT16_UNITS", units)
-        torch.testing.assert_close(lean.linear(hidden, weight, bias), expected, rtol=1e-2, atol=1e-2)
-
-
 @pytest.mark.parametrize("change", ["patched", "hooked"])
 def test_unusual_layers_are_not_taken_apart(change):
     model = make_model()

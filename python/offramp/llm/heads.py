@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from offramp.errors import InputError
 from offramp.llm.branch import Branch, BranchState
+from offramp.llm.products import linear
 from offramp.llm.states import Picked
 from offramp.llm.trunk import Trunk, plain_values
 
@@ -173,7 +174,7 @@ class ExitHead(nn.Module):
 
     def logits(self, features: torch.Tensor) -> torch.Tensor:
         """Logits (..., S) of features (..., H)."""
-        return functional.linear(features, self.weight, self.bias)
+        return linear(features, self.weight, self.bias)
 
     if TYPE_CHECKING:
 
@@ -380,7 +381,8 @@ class AdapterHead(_ReadAsTheModel):
         mask: torch.Tensor | None,
     ) -> torch.Tensor:
         """Run over the new rows, adding their keys and values to the state."""
-        rows = self.branch.run(self.layers, self.linear(hidden), positions, mask, cast(BranchState, state))
+        mapped = linear(hidden, self.linear.weight, self.linear.bias)
+        rows = self.branch.run(self.layers, mapped, positions, mask, cast(BranchState, state))
         features: torch.Tensor = self.norm(rows[:, -1])
         return features
 
@@ -439,8 +441,8 @@ class RidgeMLP(nn.Module):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Map (..., H) to (..., H)."""
         unit = functional.rms_norm(hidden, hidden.shape[-1:], eps=1e-6)
-        mapped: torch.Tensor = self.linear(hidden) + self.down(functional.silu(self.up(unit)))
-        return mapped
+        block = linear(functional.silu(linear(unit, self.up.weight, None)), self.down.weight, None)
+        return linear(hidden, self.linear.weight, self.linear.bias) + block
 
 
 @torch.no_grad()

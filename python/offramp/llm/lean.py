@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn import functional
 
 from offramp.llm.cache import GrowingCache, GrowingLayer
+from offramp.llm.products import WIDENS_HALVES, linear
 
 Linear = tuple[torch.Tensor, torch.Tensor | None]
 Map = Callable[[torch.Tensor], torch.Tensor]
@@ -66,21 +67,6 @@ _FAMILIES = {
     "CohereDecoderLayer": _Family(before_block=None, beside=True, interleaved=True),
     "PhiDecoderLayer": _Family(before_block=None, beside=True),
 }
-# MKL's product of a few rows in float32 takes the time of several single ones where it has no AVX-512 (measured at 2
-# to 8 rows: 1.1 to 4 times as long); with the rows as columns it does not.  There torch also multiplies 16-bit numbers
-# row by row: from 4 rows on, a float32 copy of each weight for the moment of the product is faster (40 rows: 5 times).
-_ROWS_AS_COLUMNS = torch.backends.mkl.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX2"
-_FEW = 8
-_WORTH_WIDENING = 4
-_PROCESSOR: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-BFLOAT16_UNITS = bool(_PROCESSOR.get("amx_bf16"))
-"""Whether the processor multiplies matrices of bfloat16 (AMX), ten times as fast as float32."""
-# There too a few rows are faster as columns, by a fifth, unless the weight has fewer rows than this.
-_WIDE = 512
-# Rows of a weight that are widened at a time, so that they stay in the processor's cache.
-_PART = 2048
-_HALVES = (torch.bfloat16, torch.float16)
-# Rotary angles that depend on a position alone, so that a table holds them.
 _FIXED_ANGLES = ("default", "linear", "llama3", "yarn")
 
 
@@ -283,7 +269,9 @@ class Lean:
 
         Before the first token the model's modules do as well, in float32 to the last bit.
         """
-        return cached > 0 or (_ROWS_AS_COLUMNS and hidden.dtype in _HALVES and not hidden.is_cuda)
+        return cached > 0 or (
+            WIDENS_HALVES and hidden.dtype in (torch.bfloat16, torch.float16) and not hidden.is_cuda
+        )
 
     def _table(self, kind: str, length: int, hidden: torch.Tensor) -> Rotary:
         """Cosines and signed sines for at least ``length`` positions; the table grows by doubling."""
@@ -349,27 +337,6 @@ def attention_mask(
     if padding is not None:
         mask = mask & padding[:, None, None, :length].bool()
     return mask.repeat(1, 1, groups, 1)
-
-
-def linear(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """``functional.linear`` over rows (..., H), by the product that is fastest for so many."""
-    rows = hidden.numel() // hidden.shape[-1]
-    narrow = hidden.dtype in _HALVES
-    few = 1 < rows <= _FEW
-    if _ROWS_AS_COLUMNS:
-        slow = rows >= _WORTH_WIDENING if narrow else few and hidden.dtype == torch.float32
-    else:
-        slow = BFLOAT16_UNITS and few and hidden.dtype == torch.bfloat16 and len(weight) >= _WIDE
-    if not slow or hidden.is_cuda:
-        return functional.linear(hidden, weight, bias)
-    columns = hidden.reshape(rows, -1).T
-    if narrow and _ROWS_AS_COLUMNS:
-        columns = columns.float()
-        found = torch.cat([torch.mm(part.float(), columns) for part in weight.split(_PART)]).to(hidden.dtype)
-    else:
-        found = torch.mm(weight, columns)
-    found = found.T.reshape(*hidden.shape[:-1], -1)
-    return found if bias is None else found + bias
 
 
 def is_plain(module: nn.Module) -> bool:

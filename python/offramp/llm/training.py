@@ -27,9 +27,9 @@ from offramp.errors import InputError, StorageError
 from offramp.llm.data import Batch, Corpus, batches
 from offramp.llm.files import written_whole
 from offramp.llm.heads import ExitHead, ExitHeads, HeadConfig, choose_shortlist, make_head, output_rows
-from offramp.llm.lean import BFLOAT16_UNITS
 from offramp.llm.metrics import MetricsLog
 from offramp.llm.processes import Processes
+from offramp.llm.products import BFLOAT16_PRODUCTS
 from offramp.llm.states import Progress
 from offramp.llm.trunk import Trunk
 
@@ -62,7 +62,7 @@ class TrainingConfig:
         Seed of initial weights and the order of the sequences.
     precision : {"auto", "float32", "bfloat16"}
         What matrix products are computed in; parameters, softmax and targets are float32 in any case.  ``"auto"`` is
-        bfloat16 on a GPU that has it and on a CPU whose matrix units (AMX) do.
+        bfloat16 on a GPU that has it and on a CPU that multiplies it faster (AMX, AVX-512 BF16).
     patience : int, optional
         Stop when no head has agreed more on the sequences held back for so many epochs; ``None``: never.  Each head
         keeps the parameters it agreed most with, in either case.
@@ -440,7 +440,7 @@ class Trainer:
     def _narrow(self) -> bool:
         wanted = self.config.precision
         kind = self.trunk.device.type
-        able = torch.cuda.is_bf16_supported() if kind == "cuda" else kind == "cpu" and BFLOAT16_UNITS
+        able = torch.cuda.is_bf16_supported() if kind == "cuda" else kind == "cpu" and BFLOAT16_PRODUCTS
         return wanted == "bfloat16" or (wanted == "auto" and able)
 
     def _precision(self) -> AbstractContextManager[Any]:

@@ -18,6 +18,7 @@ from transformers.cache_utils import DynamicCache
 from offramp.errors import InputError, ModelError
 from offramp.llm import lean
 from offramp.llm.cache import GrowingCache, cache_argument
+from offramp.llm.products import linear
 from offramp.llm.shadow import Call, Shadow
 
 _FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
@@ -181,7 +182,7 @@ class Trunk:
         hidden = self.norm(hidden)
         # A plain matrix by the fastest product; what a quantised or sharded one is, only its module knows.
         plain = self._lean is not None and hidden.ndim == 3 and lean.is_plain(self.output)
-        logits = lean.linear(hidden, self.output.weight, self.output.bias) if plain else self.output(hidden)
+        logits = linear(hidden, self.output.weight, self.output.bias) if plain else self.output(hidden)
         return self.cap(logits if self.logit_factor == 1 else logits * self.logit_factor)
 
     def cap(self, logits: torch.Tensor) -> torch.Tensor:
