@@ -70,6 +70,10 @@ pub fn evidence_suffices(errors: u64, n: u64, alpha: f64, delta: f64) -> bool {
     if n == 0.0 || alpha <= 0.0 || e >= alpha * n {
         return false;
     }
+    // The average is at most the largest ratio, that of the risk observed.
+    if largest_evidence(e, n, alpha) * (1.0 + SAFE) < -delta.ln() {
+        return false;
+    }
     let b = (1.0 - alpha) / alpha;
     let power = b * (-alpha).ln_1p();
     let constant = alpha * b * power.exp() / -power.exp_m1();
@@ -97,6 +101,17 @@ pub fn evidence_suffices(errors: u64, n: u64, alpha: f64, delta: f64) -> bool {
             return false;
         }
     }
+}
+
+/// The logarithm of the likelihood ratio of the risk `errors / n` against `alpha`, for 0 < alpha < 1.
+fn largest_evidence(errors: f64, n: f64, alpha: f64) -> f64 {
+    let lacking = n.mul_add(alpha, -errors);
+    let of_errors = if errors > 0.0 {
+        deviance(errors, n * alpha, -lacking)
+    } else {
+        lacking
+    };
+    of_errors + deviance(n - errors, n * (1.0 - alpha), lacking)
 }
 
 fn rounded_up(p: f64) -> f64 {

@@ -298,7 +298,7 @@ impl<S: Calibratable> Trial<'_, S> {
                 correct,
                 alive: Some(&alive),
             };
-            let found = Ladder::count(left, self.run)?.lowest(|counts| counts.reach(target))?;
+            let found = Ladder::count(left, self.run)?.lowest(target)?;
             if let (Some((key, counts)), false) = (found, *entered) {
                 *entered = match self.held_out.clusters {
                     None => claim.holds(scaled(

@@ -6,16 +6,19 @@ use crate::order::{Key, Score};
 use crate::run::Run;
 use crate::samples::{Given, Lane, Pairs, Samples};
 use crate::sort::{PIECE, sort_pairs};
-use crate::tally::{Counts, Group, Target};
+use crate::tally::{Counts, Criterion, Group, lowest_that_meets};
 use crate::threshold::Rule;
 use std::ops::ControlFlow;
+
+/// Groups that are ruled out together, where none of them can do.
+const TOGETHER: usize = 1 << 10;
 
 /// For each target, ascending, the lowest key from which on the samples, with those above them, reach it; and the counts
 /// of these.
 pub(crate) fn exhaust<X: Samples>(
     samples: &X,
     above: Counts,
-    targets: &[Target],
+    targets: &[impl Criterion],
     rule: Rule,
     run: &Run,
 ) -> Result<Vec<Option<Group<X::Lane>>>> {
@@ -29,16 +32,25 @@ pub(crate) fn exhaust<X: Samples>(
 pub(crate) fn by_sorting<P: Pairs>(
     samples: &P,
     above: Counts,
-    targets: &[Target],
+    targets: &[impl Criterion],
     rule: Rule,
     run: &Run,
 ) -> Result<Vec<Option<Group<P::Key>>>> {
     let mut answers = Answers::new(targets);
     match rule {
         Rule::Set => {
+            let mut block = Vec::with_capacity(TOGETHER + 1);
             Ascending::sorted(samples, run)?.groups(above, run, |key, from_here_up| {
-                answers.offer(key, from_here_up)
+                block.push((key, from_here_up));
+                if block.len() <= TOGETHER {
+                    return ControlFlow::Continue(());
+                }
+                let found = answers.offer_all(&block[..TOGETHER], from_here_up);
+                block.drain(..TOGETHER);
+                found
             })?;
+            // Nothing is left to be met where the groups were not all needed.
+            let _ = answers.offer_all(&block, above);
         }
         Rule::Index => {
             let (mut keys, mut flags) = (Vec::new(), Vec::new());
@@ -73,7 +85,7 @@ pub(crate) fn by_sorting<P: Pairs>(
 /// Few enough keys to count the samples of each: the groups without a sort.
 pub(crate) fn by_counting<S: Score>(
     samples: &Given<S>,
-    targets: &[Target],
+    targets: &[impl Criterion],
     run: &Run,
 ) -> Result<Vec<Option<Group<S::Key>>>> {
     let groups = count_keys(samples, run)?;
@@ -126,15 +138,15 @@ fn count_keys<S: Score>(samples: &Given<S>, run: &Run) -> Result<Vec<Counts>> {
 }
 
 /// Targets that are still to be met while candidates come in ascending order.
-struct Answers<'a, K> {
-    targets: &'a [Target],
+struct Answers<'a, K, C> {
+    targets: &'a [C],
     met: usize,
     found: Vec<Option<Group<K>>>,
 }
 
-impl<'a, K: Key> Answers<'a, K> {
+impl<'a, K: Key, C: Criterion> Answers<'a, K, C> {
     /// Targets ascending, the easiest first.
-    fn new(targets: &'a [Target]) -> Self {
+    fn new(targets: &'a [C]) -> Self {
         Self {
             targets,
             met: 0,
@@ -142,10 +154,22 @@ impl<'a, K: Key> Answers<'a, K> {
         }
     }
 
+    /// Ascending groups, and what is accepted above them.  Breaks when every target is met.
+    fn offer_all(&mut self, groups: &[Group<K>], above: Counts) -> ControlFlow<()> {
+        while let Some(&target) = self.targets.get(self.met) {
+            let Some(found) = lowest_that_meets(groups, above, target) else {
+                return ControlFlow::Continue(());
+            };
+            self.found[self.met] = Some(found);
+            self.met += 1;
+        }
+        ControlFlow::Break(())
+    }
+
     /// From `key` up so much is accepted.  Breaks when every target is met.
     fn offer(&mut self, key: K, counts: Counts) -> ControlFlow<()> {
         while let Some(&target) = self.targets.get(self.met) {
-            if !counts.reach(target) {
+            if !target.is_met(counts) {
                 return ControlFlow::Continue(());
             }
             self.found[self.met] = Some((key, counts));

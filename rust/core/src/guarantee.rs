@@ -6,11 +6,13 @@
 use crate::binomial::{evidence_suffices, p_value_within, upper_bound};
 use crate::clusters::{Bets, Clusters};
 use crate::error::{Error, Result};
-use crate::ladder::{Bucketed, Ladder, best_of, of_rank};
+use crate::ladder::{Bucketed, Ladder, of_rank};
 use crate::order::Key;
 use crate::run::Run;
+use crate::samples::Given;
 use crate::survivors::Survivors;
-use crate::tally::Counts;
+use crate::tally::{Counts, Criterion};
+use crate::threshold::Calibratable;
 use crate::validate::{require_pairs, require_targets};
 
 /// How a threshold is certified.
@@ -98,8 +100,37 @@ impl Claim {
     }
 }
 
+/// That there is evidence for a claim.
+#[derive(Clone, Copy)]
+struct Evidence(Claim);
+
+impl Criterion for Evidence {
+    fn is_met(self, counts: Counts) -> bool {
+        self.0.is_evident(counts)
+    }
+
+    /// By Laplace's method evidence is `exp(z^2 / 2)` of the lead in standard errors z, times the density of the risks
+    /// it averages over at alpha, times the width of the likelihood.
+    fn correct_among(self, accepted: f64) -> f64 {
+        let Claim { alpha, delta } = self.0;
+        if alpha <= 0.0 || alpha >= 1.0 {
+            return (1.0 - alpha) * accepted;
+        }
+        let b = (1.0 - alpha) / alpha;
+        let left = (b * (-alpha).ln_1p()).exp();
+        let density = b * left / (1.0 - alpha) / (1.0 - left);
+        let width = (std::f64::consts::TAU * alpha * (1.0 - alpha) / accepted).sqrt();
+        let z = (-2.0 * (delta * density * width).ln()).max(0.0).sqrt();
+        (1.0 - alpha) * accepted + z * (accepted * alpha * (1.0 - alpha)).sqrt()
+    }
+
+    fn accuracy(self) -> f64 {
+        1.0 - self.0.alpha
+    }
+}
+
 /// Certify a threshold for the accuracy `eps` at confidence `1 - delta`.
-pub fn certify<S: Bucketed>(
+pub fn certify<S: Calibratable>(
     scores: &[S],
     correct: &[u8],
     eps: f64,
@@ -114,9 +145,11 @@ pub fn certify<S: Bucketed>(
     let samples = Survivors::all(scores, correct);
     let ladder = || Ladder::count(samples, run);
     let found = match method {
-        Certification::Evidence(None) => ladder()?
-            .lowest(|counts| claim.is_evident(counts))?
-            .map(|(key, counts)| (S::from_key(key).value(), counts, eps)),
+        Certification::Evidence(None) => {
+            let given = Given { scores, correct };
+            S::lowest_that_meets(given, Evidence(claim), run)?
+                .map(|(key, counts)| (S::from_key(key).value(), counts, eps))
+        }
         Certification::Evidence(Some(grid)) => {
             let counts = ladder()?.at(grid)?;
             let place = counts.iter().position(|&counts| claim.is_evident(counts));
@@ -236,7 +269,7 @@ fn sgr<S: Bucketed>(ladder: &Ladder<S>, claim: Claim) -> Result<Found> {
         let rank = n - middle + 1;
         let (most, least) = ladder.around_rank(rank);
         // Few buckets are wide enough to leave it open.
-        let passes = claim.holds(best_of(most, least))
+        let passes = claim.holds(most.best_case(least))
             && (claim.holds(worst_of(most, least)) || {
                 // All ranks that are still in question, once they are few: the steps that follow stay among them.
                 if near.is_none() {
@@ -296,6 +329,117 @@ mod tests {
             rounded += usize::from(1.0 - (1.0 - eps) < eps);
         }
         assert!(rounded > 0);
+    }
+
+    /// The lowest group that is evident, one after the other from the lowest.
+    fn plainly<S: Calibratable>(scores: &[S], correct: &[u8], claim: Claim) -> (f64, usize) {
+        let mut samples: Vec<(S::Key, u8)> = scores
+            .iter()
+            .map(|score| score.key())
+            .zip(correct.iter().copied())
+            .collect();
+        samples.sort_unstable();
+        let mut left = Counts {
+            accepted: samples.len(),
+            correct: correct.iter().map(|&flag| usize::from(flag)).sum(),
+        };
+        let mut last = None;
+        for (key, flag) in samples {
+            if last != Some(key) && claim.is_evident(left) {
+                return (S::from_key(key).value(), left.accepted);
+            }
+            last = Some(key);
+            left = left
+                - Counts {
+                    accepted: 1,
+                    correct: usize::from(flag),
+                };
+        }
+        (f64::INFINITY, 0)
+    }
+
+    #[test]
+    fn evidence_is_found_at_the_lowest_score_that_has_it() {
+        fn check<S: Calibratable>(scores: &[S], correct: &[u8], eps: f64) -> bool {
+            let expected = plainly(scores, correct, Claim::new(eps, 0.05));
+            for threads in [1, 3] {
+                let run = Run::on(threads);
+                let found = certify(
+                    scores,
+                    correct,
+                    eps,
+                    0.05,
+                    Certification::Evidence(None),
+                    &run,
+                )
+                .expect("legal samples");
+                assert_eq!((found.threshold, found.accepted), expected, "{eps}");
+            }
+            expected.0 < f64::INFINITY
+        }
+        let mut state = 1u64;
+        let mut draw = || {
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1);
+            (state >> 11) as f64 / (1u64 << 53) as f64
+        };
+        let mut certified = 0;
+        for size in [1, 60, 700, 33_000, 150_000] {
+            // Accuracy that rises, that stays at the target, and that is best in the middle; few distinct scores.
+            for kind in 0..4 {
+                let scores: Vec<f64> = (0..size)
+                    .map(|_| {
+                        if kind == 3 {
+                            (draw() * 40.0).floor() / 40.0
+                        } else {
+                            draw()
+                        }
+                    })
+                    .collect();
+                let correct: Vec<u8> = scores
+                    .iter()
+                    .map(|score| {
+                        let accuracy = match kind {
+                            1 => 0.905,
+                            2 => 0.99 - (score - 0.5).powi(2),
+                            _ => 0.6 + 0.4 * score,
+                        };
+                        u8::from(draw() < accuracy)
+                    })
+                    .collect();
+                let singles: Vec<f32> = scores.iter().map(|&score| score as f32).collect();
+                let halves: Vec<half::bf16> = scores
+                    .iter()
+                    .map(|&score| half::bf16::from_f64(score))
+                    .collect();
+                for eps in [0.0, 0.5, 0.9, 0.93, 1.0] {
+                    certified += usize::from(check(&scores, &correct, eps));
+                    check(&singles, &correct, eps);
+                    check(&halves, &correct, eps);
+                }
+            }
+        }
+        assert!((40..90).contains(&certified), "{certified}");
+    }
+
+    #[test]
+    fn the_guess_is_near_what_evidence_asks_for() {
+        for (eps, accepted) in [(0.9, 1e4), (0.93, 7e7), (0.5, 1e6), (0.99, 1e6)] {
+            let evidence = Evidence(Claim::new(eps, 0.05));
+            let guess = evidence.correct_among(accepted);
+            let met = |correct: f64| {
+                evidence.is_met(Counts {
+                    accepted: accepted as usize,
+                    correct: correct as usize,
+                })
+            };
+            let error = (accepted * eps * (1.0 - eps)).sqrt();
+            assert!(
+                met(guess + 0.3 * error) && !met(guess - 0.3 * error),
+                "{eps}"
+            );
+        }
     }
 
     #[test]

@@ -12,9 +12,9 @@ use crate::samples::Given;
 use crate::scan::{Pass, Simd, pass};
 use crate::sort::sort_pairs;
 use crate::survivors::Survivors;
-use crate::tally::{Counts, Group};
+use crate::tally::{Counts, Criterion, Group, lowest_that_meets};
 use crate::validate::require_valid;
-use std::ops::ControlFlow;
+use std::ops::{ControlFlow, RangeInclusive};
 
 /// Samples that are sorted: a histogram has more buckets.
 const FEW: usize = 1 << 15;
@@ -168,37 +168,33 @@ impl<'a, S: Bucketed> Ladder<'a, S> {
         first.unwrap_or_default()
     }
 
-    /// The lowest score whose counts pass.
-    ///
-    /// `passes` must not mind fewer errors among as many correct samples, nor more correct ones beside as many errors:
-    /// a bucket is ruled out if all its correct samples on top of what is above do not pass.
-    pub fn lowest(&self, passes: impl Fn(Counts) -> bool) -> Result<Option<Group<S::Key>>> {
+    /// The lowest score whose counts meet a criterion.
+    pub fn lowest(&self, criterion: impl Criterion) -> Result<Option<Group<S::Key>>> {
         let from = match &self.rungs {
             Rungs::Fine(groups) => {
-                return Ok(groups.iter().copied().find(|&(_, counts)| passes(counts)));
+                return Ok(lowest_that_meets(groups, Counts::default(), criterion));
             }
             Rungs::Coarse(from) => from,
         };
         let room = ROOM.max(self.total().accepted / ROOM_SHARE);
-        let (mut wanted, mut held) = (Vec::new(), 0);
-        for (bucket, pair) in from.windows(2).enumerate() {
-            let inside = pair[0] - pair[1];
-            if inside.accepted == 0 || !passes(best_of(pair[0], pair[1])) {
-                continue;
+        let mut open = Vec::new();
+        find_open(from, 0, BUCKETS, criterion, &mut open);
+        let mut rest = open.as_slice();
+        while !rest.is_empty() {
+            let mut held = 0;
+            let is_full = |&bucket: &usize| {
+                held += (from[bucket] - from[bucket + 1]).accepted;
+                held > room
+            };
+            let some = rest.iter().position(is_full).unwrap_or(rest.len() - 1);
+            let groups = self.expand(&rest[..=some])?;
+            let found = lowest_that_meets(&groups, from[rest[some] + 1], criterion);
+            if found.is_some() {
+                return Ok(found);
             }
-            wanted.push(bucket);
-            held += inside.accepted;
-            // The low end of a bucket is that of its lowest sample: if it passes, nothing above matters.
-            if held > room || passes(pair[0]) {
-                let groups = self.expand(&std::mem::take(&mut wanted))?;
-                if let Some(found) = groups.into_iter().find(|&(_, counts)| passes(counts)) {
-                    return Ok(Some(found));
-                }
-                held = 0;
-            }
+            rest = &rest[some + 1..];
         }
-        let groups = self.expand(&wanted)?;
-        Ok(groups.into_iter().find(|&(_, counts)| passes(counts)))
+        Ok(None)
     }
 
     /// What is accepted from each of these scores up, ascending.
@@ -267,7 +263,7 @@ impl<'a, S: Bucketed> Ladder<'a, S> {
     /// The lowest of the keys of the samples of these ranks, ascending, such that what scores higher passes; with the
     /// counts of that.
     ///
-    /// Of `passes` the same is asked as by [`lowest`](Self::lowest).
+    /// Of `passes` the same is asked as of a [`Criterion`].
     pub fn lowest_above(
         &self,
         ranks: &[usize],
@@ -393,14 +389,13 @@ impl<'a, S: Bucketed> Ladder<'a, S> {
     fn gather(&self, wanted: &[usize]) -> Result<(Vec<S::Key>, Vec<u8>)> {
         let mut is_wanted = vec![false; BUCKETS];
         wanted.iter().for_each(|&bucket| is_wanted[bucket] = true);
-        let (low, high) = (wanted[0] as u32, wanted[wanted.len() - 1] as u32);
+        let within = keys_of::<S>(wanted[0] as u32, wanted[wanted.len() - 1] as u32);
         let isa = self.run.instruction_set();
         let found = self.run.map(self.samples.pieces(PIECE / 16), |samples| {
             let gather = Gather {
                 samples,
                 is_wanted: &is_wanted,
-                low,
-                high,
+                within: within.clone(),
             };
             pass(isa, gather)
         })?;
@@ -418,14 +413,42 @@ pub(crate) fn of_rank<K: Key>(groups: &[Group<K>], rank: usize) -> Group<K> {
     groups[groups.partition_point(|&(_, counts)| counts.accepted >= rank) - 1]
 }
 
-/// The best a threshold between two others can do: all correct samples in between come first.
-pub(crate) fn best_of(low: Counts, high: Counts) -> Counts {
-    let inside = low - high;
-    // Without a correct sample in between, a wrong one is the least there can be.
-    Counts {
-        accepted: high.accepted + inside.correct.max(1).min(inside.accepted),
-        correct: high.correct + inside.correct,
+/// Collect the buckets from `low` up to `high` in which a threshold may do, ascending, as far as the first whose low end
+/// does; tell whether there is one.
+fn find_open(
+    from: &[Counts],
+    low: usize,
+    high: usize,
+    criterion: impl Criterion,
+    open: &mut Vec<usize>,
+) -> bool {
+    if !from[low].might_meet(from[high], criterion) {
+        return false;
     }
+    if high - low == 1 {
+        // The low end of a bucket is that of its lowest sample: if it does, nothing above matters.
+        open.push(low);
+        return criterion.is_met(from[low]);
+    }
+    let middle = low.midpoint(high);
+    find_open(from, low, middle, criterion, open) || find_open(from, middle, high, criterion, open)
+}
+
+/// The keys of the buckets from `low` to `high`, both of which have scores.
+fn keys_of<S: Bucketed>(low: u32, high: u32) -> RangeInclusive<S::Key> {
+    let first_from = |limit: u32| {
+        let (mut below, mut from) = (0, usize::MAX >> (usize::BITS - S::Key::BITS));
+        while below < from {
+            let middle = below.midpoint(from);
+            if bucket(S::from_key(S::Key::from_index(middle))) < limit {
+                below = middle + 1;
+            } else {
+                from = middle;
+            }
+        }
+        from
+    };
+    S::Key::from_index(first_from(low))..=S::Key::from_index(first_from(high + 1) - 1)
 }
 
 /// Whether the key is the lowest of its bucket.
@@ -561,12 +584,12 @@ impl<S: Bucketed> Pass<i32> for Count<'_, S> {
     }
 }
 
-/// Collect the samples of some buckets, between the lowest and the highest of them.
-struct Gather<'a, S> {
+/// Collect the samples of some buckets.
+struct Gather<'a, S: Score> {
     samples: Survivors<'a, S>,
     is_wanted: &'a [bool],
-    low: u32,
-    high: u32,
+    /// From the lowest key of the lowest bucket to the highest of the highest: a comparison costs less than a bucket.
+    within: RangeInclusive<S::Key>,
 }
 
 impl<S: Bucketed> Pass<i32> for Gather<'_, S> {
@@ -575,21 +598,18 @@ impl<S: Bucketed> Pass<i32> for Gather<'_, S> {
     #[inline(always)]
     fn run(self, _: impl Simd<i32>) -> Self::Found {
         let (mut keys, mut flags) = (Vec::new(), Vec::new());
-        let mut buckets = [0u32; TOGETHER];
+        let (first, last) = self.within.into_inner();
         self.samples.words(|alive, scores, correct| {
-            if alive == 0 {
-                return;
-            }
             let mut any = false;
-            for (bucket, score) in buckets.iter_mut().zip(scores) {
-                *bucket = self::bucket(*score);
-                any |= (self.low..=self.high).contains(bucket);
+            for score in scores {
+                any |= (first <= score.key()) & (score.key() <= last);
             }
             if !any {
                 return;
             }
             for (at, (score, flag)) in scores.iter().zip(correct).enumerate() {
-                if self.is_wanted[buckets[at] as usize] && alive >> at & 1 == 1 {
+                let is_near = (first <= score.key()) & (score.key() <= last);
+                if is_near && alive >> at & 1 == 1 && self.is_wanted[bucket(*score) as usize] {
                     keys.push(score.key());
                     flags.push(*flag);
                 }
@@ -729,5 +749,50 @@ mod tests {
             }
         }
         assert!(is_low_end::<f32>(Score::key(1.0f32.next_up())));
+    }
+
+    #[test]
+    fn the_keys_of_buckets_are_theirs_alone() {
+        fn check<S: Bucketed>(scores: &[S]) {
+            for &score in scores {
+                let bucket = bucket(score);
+                let keys = keys_of::<S>(bucket, bucket);
+                assert!(keys.contains(&score.key()), "{score:?}");
+                let (first, last) = (keys.start().index(), keys.end().index());
+                for (index, inside) in [
+                    (first - 1, false),
+                    (first, true),
+                    (last, true),
+                    (last + 1, false),
+                ] {
+                    let score = S::from_key(S::Key::from_index(index));
+                    assert_eq!(self::bucket(score) == bucket, inside, "{score:?}");
+                }
+                let wider = keys_of::<S>(bucket - 1, bucket);
+                assert!(wider.start() <= keys.start() && wider.end() == keys.end());
+            }
+        }
+        let numbers = [
+            -3e38, -1.0, -1e-40, 0.0, 1e-40, 0.3, 0.5, 0.75, 0.9999, 1.0, 1.1, 3e38,
+        ];
+        check(&numbers.map(|number| number as f32));
+        check(&numbers);
+        let small: Vec<f64> = numbers
+            .iter()
+            .copied()
+            .filter(|x: &f64| x.abs() < 2.0)
+            .collect();
+        check(
+            &small
+                .iter()
+                .map(|&x| half::bf16::from_f64(x))
+                .collect::<Vec<_>>(),
+        );
+        check(
+            &small
+                .iter()
+                .map(|&x| half::f16::from_f64(x))
+                .collect::<Vec<_>>(),
+        );
     }
 }

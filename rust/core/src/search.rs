@@ -11,7 +11,7 @@ use crate::samples::{Gathered, Lane, Samples};
 use crate::scan::{Parts, Plan, survey};
 use crate::sketch::{Sketch, probe};
 use crate::table::{Cells, tabulate};
-use crate::tally::{Counts, Group, Target};
+use crate::tally::{Counts, Criterion, Group};
 use crate::threshold::Rule;
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -38,10 +38,10 @@ const PASSES: usize = 3;
 
 /// For each target, ascending, the lowest key from which on the samples, with those above them, reach it; and the counts
 /// of these.
-pub(crate) fn search<X: Samples>(
+pub(crate) fn search<X: Samples, C: Criterion>(
     samples: &X,
     above: Counts,
-    targets: &[Target],
+    targets: &[C],
     rule: Rule,
     run: &Run,
 ) -> Result<Vec<Option<Group<X::Lane>>>> {
@@ -92,10 +92,14 @@ pub(crate) fn search<X: Samples>(
         }
         let (start, parts) = held.remove(&end).unwrap_or((end, Vec::new()));
         let within = Gathered::<X::Lane>::new(parts);
-        let wanted: Vec<Target> = wanting.iter().map(|&target| targets[target]).collect();
+        let wanted: Vec<C> = wanting.iter().map(|&target| targets[target]).collect();
         // A search that keeps most of its samples gets nowhere.
-        let find = if inside > len / 2 { exhaust } else { search };
-        let lowest = find(&within, map.counts(spans.end), &wanted, rule, run)?;
+        let beyond = map.counts(spans.end);
+        let lowest = if inside > len / 2 {
+            exhaust(&within, beyond, &wanted, rule, run)?
+        } else {
+            search(&within, beyond, &wanted, rule, run)?
+        };
         for (target, found) in wanting.into_iter().zip(lowest) {
             answers[target] = found.map(|(key, counts)| (start.add(key), counts));
         }
@@ -119,7 +123,7 @@ type Held<L> = BTreeMap<L, (L, Parts<L>)>;
 fn guess<X: Samples>(
     samples: &X,
     above: Counts,
-    targets: &[Target],
+    targets: &[impl Criterion],
     room: usize,
     held: &mut Held<X::Lane>,
     run: &Run,
@@ -271,17 +275,17 @@ impl<L: Lane> Map<L> {
         self.counts(spans.start) - self.counts(spans.end)
     }
 
-    fn first_that_reaches(&self, target: Target) -> Option<usize> {
+    fn first_that_reaches(&self, target: impl Criterion) -> Option<usize> {
         self.edges
             .iter()
-            .position(|edge| edge.exists && edge.counts.reach(target))
+            .position(|edge| edge.exists && target.is_met(edge.counts))
     }
 
     /// Spans that may hold the lowest threshold, ascending, with the targets in question; open spans with no more
     /// than `gap` samples between them are one range.
     fn open_ranges(
         &self,
-        targets: &[Target],
+        targets: &[impl Criterion],
         rule: Rule,
         gap: Option<usize>,
     ) -> Vec<(Range<usize>, Vec<usize>)> {
@@ -310,18 +314,18 @@ impl<L: Lane> Map<L> {
     }
 
     /// Spans that may hold a threshold lower than the first edge that is one.
-    fn open_spans(&self, target: Target, rule: Rule) -> Vec<usize> {
+    fn open_spans(&self, target: impl Criterion, rule: Rule) -> Vec<usize> {
         let mut open = Vec::new();
         for (span, edges) in self.edges.windows(2).enumerate() {
             let (low, high) = (&edges[0], &edges[1]);
-            let reaches = low.counts.reach(target);
+            let reaches = target.is_met(low.counts);
             if low.exists && reaches {
                 break;
             }
             // The only threshold in a span of one key is the key, and its count has been looked at; by the index
             // rule, each of the samples is one.
             let decided = rule == Rule::Set && low.exists && low.key.next() == high.key;
-            if !decided && low.counts.might_reach_above(high.counts, target) {
+            if !decided && low.counts.might_meet(high.counts, target) {
                 open.push(span);
             }
             // The lowest sample of the span is a threshold.

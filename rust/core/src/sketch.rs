@@ -6,7 +6,7 @@ use crate::curve::Ascending;
 use crate::error::Result;
 use crate::run::Run;
 use crate::samples::{Lane, Pairs, Samples};
-use crate::tally::{Counts, Target};
+use crate::tally::{Counts, Criterion};
 use std::collections::BTreeMap;
 use std::ops::{ControlFlow, Range};
 
@@ -80,7 +80,7 @@ impl<L: Lane> Sketch<L> {
 
     /// Plan a pass for all targets, hardest target first, since its threshold is the highest and its cuts serve the
     /// others below; none if it would gather more than about `room` samples.
-    pub fn cuts(&self, above: Counts, targets: &[Target], room: usize) -> Option<Cuts<L>> {
+    pub fn cuts(&self, above: Counts, targets: &[impl Criterion], room: usize) -> Option<Cuts<L>> {
         let mut draft = Draft {
             edges: BTreeMap::new(),
             wanted: Vec::new(),
@@ -90,7 +90,7 @@ impl<L: Lane> Sketch<L> {
             let guess = Guess {
                 sketch: self,
                 above,
-                eps: target.value(),
+                target,
             };
             let bracket = guess.bracket();
             self.cut_inside(&mut draft, &bracket);
@@ -142,13 +142,13 @@ impl<L: Lane> Sketch<L> {
 }
 
 /// One target seen through the sample.
-struct Guess<'a, L> {
+struct Guess<'a, L, C> {
     sketch: &'a Sketch<L>,
     above: Counts,
-    eps: f64,
+    target: C,
 }
 
-impl<L: Lane> Guess<'_, L> {
+impl<L: Lane, C: Criterion> Guess<'_, L, C> {
     /// By how many correct samples the set from this group up exceeds the target, and the standard error of that.
     fn surplus(&self, group: usize) -> (f64, f64) {
         let drawn = self.sketch.counts(group);
@@ -156,12 +156,14 @@ impl<L: Lane> Guess<'_, L> {
             drawn.correct as f64,
             (drawn.accepted - drawn.correct) as f64,
         );
-        let known = self.above.correct as f64 - self.eps * self.above.accepted as f64;
-        let surplus = right * (1.0 - self.eps) - wrong * self.eps;
-        let variance = right * (1.0 - self.eps).powi(2) + wrong * self.eps.powi(2) + 1.0;
+        let scale = self.sketch.scale;
+        let accepted = self.above.accepted as f64 + scale * drawn.accepted as f64;
+        let correct = self.above.correct as f64 + scale * right;
+        let eps = self.target.accuracy();
+        let variance = right * (1.0 - eps).powi(2) + wrong * eps.powi(2) + 1.0;
         (
-            known + self.sketch.scale * surplus,
-            self.sketch.scale * variance.sqrt(),
+            correct - self.target.correct_among(accepted),
+            scale * variance.sqrt(),
         )
     }
 
@@ -187,7 +189,8 @@ impl<L: Lane> Guess<'_, L> {
                 return;
             }
             let (surplus, error) = self.surplus(from);
-            let lacking = -(surplus + LIKELY * error) / (1.0 - self.eps) / self.sketch.scale;
+            let lacking =
+                -(surplus + LIKELY * error) / (1.0 - self.target.accuracy()) / self.sketch.scale;
             let right = self.sketch.counts(from).correct;
             let ruled_out = |group: usize| {
                 let inside = (self.sketch.counts(group).correct - right) as f64;

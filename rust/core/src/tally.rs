@@ -25,20 +25,20 @@ impl Counts {
         self.accepted > 0 && !far_below && (correct / accepted).to_bits() >= target.0
     }
 
-    /// Whether some threshold in a range of scores might do, if from its upper end up the counts are `above` and from
-    /// its lower end up they are `self`: at best all its correct samples come first.
-    pub fn might_reach_above(self, above: Self, target: Target) -> bool {
+    /// The best a threshold in a range of scores can do, if from its upper end up the counts are `above` and from its
+    /// lower end up they are `self`: all its correct samples come first.
+    pub fn best_case(self, above: Self) -> Self {
         let inside = self - above;
-        if inside.accepted == 0 {
-            return false;
-        }
         // A range without a correct sample offers a wrong one at best.
-        let first = inside.correct.max(1);
-        let best = Self {
-            accepted: above.accepted + first,
+        Self {
+            accepted: above.accepted + inside.correct.max(1).min(inside.accepted),
             correct: above.correct + inside.correct,
-        };
-        best.reach(target)
+        }
+    }
+
+    /// Whether some threshold in that range might do.
+    pub fn might_meet(self, above: Self, criterion: impl Criterion) -> bool {
+        self.accepted > above.accepted && criterion.is_met(self.best_case(above))
     }
 }
 
@@ -72,6 +72,53 @@ impl Sub for Counts {
 
 /// A group of equal scores: their key, and what is accepted from it up.
 pub type Group<K> = (K, Counts);
+
+/// What the counts of a threshold have to come to.
+///
+/// It minds neither fewer errors beside as many correct samples nor more correct ones beside as many errors.
+pub trait Criterion: Copy {
+    /// Whether they do.
+    fn is_met(self, counts: Counts) -> bool;
+    /// How many correct samples there should be among so many, about: for guesses, which decide nothing.
+    fn correct_among(self, accepted: f64) -> f64;
+    /// How fast that number grows: the accuracy that is asked for.
+    fn accuracy(self) -> f64;
+}
+
+/// The first of ascending groups whose counts meet a criterion, given the counts above all of them.
+///
+/// Groups are ruled out together where their best case is.
+pub fn lowest_that_meets<K: Copy>(
+    groups: &[Group<K>],
+    above: Counts,
+    criterion: impl Criterion,
+) -> Option<Group<K>> {
+    let &(key, counts) = groups.first()?;
+    if groups.len() == 1 {
+        return criterion.is_met(counts).then_some((key, counts));
+    }
+    if !counts.might_meet(above, criterion) {
+        return None;
+    }
+    let (low, high) = groups.split_at(groups.len() / 2);
+    lowest_that_meets(low, high[0].1, criterion)
+        .or_else(|| lowest_that_meets(high, above, criterion))
+}
+
+impl Criterion for Target {
+    #[inline(always)]
+    fn is_met(self, counts: Counts) -> bool {
+        counts.reach(self)
+    }
+
+    fn correct_among(self, accepted: f64) -> f64 {
+        self.value() * accepted
+    }
+
+    fn accuracy(self) -> f64 {
+        self.value()
+    }
+}
 
 /// A target accuracy, as the bits of a non-negative double.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]

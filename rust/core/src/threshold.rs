@@ -11,7 +11,7 @@ use crate::run::{Method, Run};
 use crate::samples::{Given, Lane};
 use crate::search::search;
 use crate::survivors::{Left, Survivors};
-use crate::tally::{Counts, Group, Target};
+use crate::tally::{Counts, Criterion, Group, Target};
 use crate::validate::{require_pairs, require_targets, require_valid};
 use half::{bf16, f16};
 
@@ -113,6 +113,14 @@ pub trait Calibratable: Bucketed {
     #[doc(hidden)]
     fn lowest(samples: Given<Self>, targets: &[Target], rule: Rule, run: &Run) -> Groups<Self>;
 
+    /// The lowest group from which on the samples meet a criterion.
+    #[doc(hidden)]
+    fn lowest_that_meets(
+        samples: Given<Self>,
+        criterion: impl Criterion,
+        run: &Run,
+    ) -> Result<Option<Group<Self::Key>>>;
+
     /// The lowest group that reaches a target among the samples that are left.
     #[doc(hidden)]
     fn lowest_left(
@@ -138,6 +146,15 @@ macro_rules! count_or_sort {
                 }
             }
 
+            fn lowest_that_meets(
+                samples: Given<Self>,
+                criterion: impl Criterion,
+                run: &Run,
+            ) -> Result<Option<Group<Self::Key>>> {
+                let all = Survivors::all(samples.scores, samples.correct);
+                Ladder::count(all, run)?.lowest(criterion)
+            }
+
             fn lowest_left(
                 samples: Given<Self>,
                 alive: &[u64],
@@ -149,7 +166,7 @@ macro_rules! count_or_sort {
                     correct: samples.correct,
                     alive: Some(alive),
                 };
-                Ladder::count(left, run)?.lowest(|counts| counts.reach(target))
+                Ladder::count(left, run)?.lowest(target)
             }
         }
     )*};
@@ -171,6 +188,19 @@ macro_rules! search_or_sort {
                 };
                 let found = find(&samples, Counts::default(), targets, rule, run)?;
                 Ok(found.into_iter().map(|group| group.map(with_key)).collect())
+            }
+
+            fn lowest_that_meets(
+                samples: Given<Self>,
+                criterion: impl Criterion,
+                run: &Run,
+            ) -> Result<Option<Group<Self::Key>>> {
+                let find = match run.method() {
+                    Method::Fastest => search,
+                    Method::Sort => exhaust,
+                };
+                let found = find(&samples, Counts::default(), &[criterion], Rule::Set, run)?;
+                Ok(found[0].map(with_key))
             }
 
             fn lowest_left(

@@ -9,7 +9,7 @@ use numpy::{
 };
 use offramp_core::margin::{self, Logit, Top2, top2_margin};
 use offramp_core::{Error, Run};
-use pyo3::exceptions::PyTypeError;
+use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 
 type Found = (usize, f32);
@@ -21,18 +21,17 @@ macro_rules! with_logits {
         match $dtype {
             "float32" => {
                 let array = $logits.extract::<PyReadonlyArrayDyn<f32>>()?;
-                let ($slice, $shape) = (array.as_slice()?, array.shape());
+                let ($slice, $shape) = (in_rows(&array)?, array.shape());
                 $body
             }
             "float16" => {
                 let array = $logits.extract::<PyReadonlyArrayDyn<u16>>()?;
-                let ($slice, $shape) = (array.as_slice()?.reinterpret_cast::<f16>(), array.shape());
+                let ($slice, $shape) = (in_rows(&array)?.reinterpret_cast::<f16>(), array.shape());
                 $body
             }
             "bfloat16" => {
                 let array = $logits.extract::<PyReadonlyArrayDyn<u16>>()?;
-                let ($slice, $shape) =
-                    (array.as_slice()?.reinterpret_cast::<bf16>(), array.shape());
+                let ($slice, $shape) = (in_rows(&array)?.reinterpret_cast::<bf16>(), array.shape());
                 $body
             }
             other => Err(PyTypeError::new_err(format!(
@@ -40,6 +39,16 @@ macro_rules! with_logits {
             ))),
         }
     };
+}
+
+/// The values row by row.
+fn in_rows<'a, T: Element>(array: &'a PyReadonlyArrayDyn<'_, T>) -> PyResult<&'a [T]> {
+    // A slice is given of Fortran's order, too.
+    if array.is_c_contiguous() {
+        Ok(array.as_slice()?)
+    } else {
+        Err(PyValueError::new_err("logits are not C-contiguous"))
+    }
 }
 
 /// Token and margin of one row in a float32 or float16 numpy array that can be read as it is; None for all else.
