@@ -6,12 +6,15 @@ import contextlib
 import io
 import json
 import math
+import subprocess
 import sys
+import types
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import offramp
+import offramp_lm_eval
 import pytest
 import torch
 from tiny import make_model
@@ -24,7 +27,7 @@ import lm_eval
 from lm_eval.models.huggingface import HFLM
 from offramp import InputError
 from offramp.cli.app import run
-from offramp.evaluation.harness import OfframpLM, find_tasks, local_tasks, task_scores
+from offramp.evaluation.harness import LOCAL_TASKS, OfframpLM, find_tasks, local_tasks, task_scores
 
 TASKS = Path(__file__).parents[1] / "data" / "lm_eval"
 NAMES = [*local_tasks(), "offramp_test_rolling", "offramp_test_continue"]
@@ -263,29 +266,57 @@ def test_the_harness_command_refuses_in_a_sentence(exits, tmp_path, settings, wo
     assert "Traceback" not in err
 
 
-@pytest.mark.usefixtures("own_tasks_only")
-def test_the_harness_command_knows_the_model(exits, tmp_path):
-    exits.model.save_pretrained(tmp_path / "tiny")
-    exits.tokenizer.save_pretrained(tmp_path / "tiny")
-    model, tokenizer = offramp.load_model(tmp_path / "tiny", device="cpu")
+@pytest.fixture(scope="module")
+def stored(exits, tmp_path_factory):
+    """The folder of the exits, and beside it their base model's."""
+    folder = tmp_path_factory.mktemp("harness")
+    exits.model.save_pretrained(folder / "tiny")
+    exits.tokenizer.save_pretrained(folder / "tiny")
+    model, tokenizer = offramp.load_model(folder / "tiny", device="cpu")
     ee = offramp.EarlyExitModel(model, tokenizer, layers=LAYERS, head=exits.head)
     ee.heads, ee.calibration = exits.heads, exits.calibration
-    ee.save_pretrained(tmp_path / "exits")
-    arguments = (
-        "--model",
-        "offramp",
-        "--model_args",
-        f"pretrained={tmp_path / 'exits'},eps=0.5",
-        "--limit",
-        "3",
-    )
-    code, out, err = command(
-        *arguments, "--device", "cpu", "--tasks", "offramp_pronouns", "--output_path", tmp_path / "found"
-    )
+    ee.save_pretrained(folder / "exits")
+    return folder / "exits"
+
+
+def asked(stored, output):
+    """Arguments of the command for a small task, and where its result will be."""
+    return [
+        *("--model", "offramp", "--model_args", f"pretrained={stored},eps=0.5", "--limit", "3"),
+        *("--device", "cpu", "--tasks", "offramp_pronouns", "--output_path", str(output)),
+    ]
+
+
+def result_in(output):
+    (stored,) = output.rglob("results*.json")
+    return json.loads(stored.read_text())
+
+
+@pytest.mark.usefixtures("own_tasks_only")
+def test_the_harness_command_knows_the_model(stored, tmp_path):
+    code, out, err = command(*asked(stored, tmp_path))
     assert code == 0, err
     assert "offramp_pronouns" in out
-    (stored,) = (tmp_path / "found").rglob("results*.json")
-    found = json.loads(stored.read_text())
+    found = result_in(tmp_path)
     assert 0 <= found["results"]["offramp_pronouns"]["acc,none"] <= 1
     assert np.isfinite(found["config"]["model_num_parameters"])
     assert sys.argv[0] != "lm_eval"
+
+
+@pytest.mark.slow
+def test_the_harness_own_command_knows_the_model_too(stored, tmp_path):
+    tool = Path(sys.executable).with_name("lm_eval")
+    arguments = [*asked(stored, tmp_path), "--include_path", str(LOCAL_TASKS)]
+    done = subprocess.run([tool, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    ours = OfframpLM(stored, eps=0.5, device="cpu")
+    expected = {metric: value for _, metric, value, _ in task_scores(ours, ["offramp_pronouns"], limit=3)}
+    assert result_in(tmp_path)["results"]["offramp_pronouns"]["acc,none"] == expected["acc"]
+
+
+def test_torch_is_imported_whatever_the_harness_looks_like(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval.api.registry", types.ModuleType("lm_eval.api.registry"))
+    offramp_lm_eval.announce()
+    monkeypatch.delitem(sys.modules, "lm_eval")
+    offramp_lm_eval.announce()
+    assert "lm_eval" not in sys.modules
