@@ -158,72 +158,142 @@ def test_a_budget_is_spent_better_than_a_rate():
     assert by_budget.expected_cost < by_rate.expected_cost
 
 
-RUNS, DELTA, EPS = 120, 0.1, 0.9
+RUNS, DELTA, EPS = 500, 0.1, 0.9
+# Exceeded by chance once in ten thousand tests if the rate is delta, all but once in a hundred if it is twice that.
 MOST = stats.binom.ppf(1 - 1e-4, RUNS, DELTA)
+assert stats.binom.cdf(MOST, RUNS, 2 * DELTA) < 0.01
+GROUPS, GROUP = 600, 8
 
 
-def misses(find, *, clustered=False):
+def draw(rng, size, group=1):
+    """Three heads; within a group samples are equally hard, and most labels come from one throw of the dice."""
+    hardness = np.repeat(rng.random(size // group), group)
+    scores = np.clip(
+        1 - hardness**2 * np.array([[0.9], [0.7], [0.5]]) + 0.1 * rng.normal(size=(3, size)), 0, 1
+    )
+    chance = np.clip(1 - hardness**3 * np.array([[0.9], [0.75], [0.6]]), 0, 1)
+    own = rng.random((3, size)) < 0.3
+    dice = np.where(own, rng.random((3, size)), np.repeat(rng.random((3, size // group)), group, axis=1))
+    return scores, dice < chance
+
+
+def misses(find, *, group=1):
     """How often some head misses ε on a large sample of the same population."""
     rng = np.random.default_rng(7)
-
-    def draw(size):
-        hardness = np.repeat(rng.random(-(-size // 20)), 20)[:size] if clustered else rng.random(size)
-        scores = np.clip(
-            1 - hardness**2 * np.array([[0.9], [0.7], [0.5]]) + 0.1 * rng.normal(size=(3, size)), 0, 1
-        )
-        chance = np.clip(1 - hardness**3 * np.array([[0.9], [0.75], [0.6]]), 0, 1)
-        return scores, rng.random((3, size)) < chance
-
-    truth = draw(200_000)
+    scores, correct = draw(rng, 200_000)
     missed = found = 0
     for run in range(RUNS):
-        cascade = find(*draw(4000), run)
+        cascade = find(*draw(rng, GROUPS * GROUP, group), run)
         found += cascade.found
-        alive = np.ones(truth[0].shape[1], bool)
-        for head, tau in enumerate(cascade.thresholds):
-            taken = alive & (truth[0][head] >= tau)
-            alive &= ~taken
-            if taken.any() and truth[1][head][taken].mean() < EPS - 0.002:
-                missed += 1
-                break
+        reached = scores >= cascade.thresholds[:, None]
+        leave = np.where(reached.any(axis=0), reached.argmax(axis=0), 3)
+        taken = np.bincount(leave, minlength=4)[:3]
+        right = [np.count_nonzero(correct[head][leave == head]) for head in range(3)]
+        missed += (np.array(right) < (EPS - 0.002) * taken).any()
     return missed, found
 
 
 def test_certified_cascades_are_seldom_false():
-    missed, found = misses(lambda *data: calibrate_cascade(*data[:2], EPS, delta=DELTA, seed=data[2]))
+    missed, found = misses(
+        lambda *data: calibrate_cascade(*data[:2], EPS, delta=DELTA, seed=data[2], threads=1)
+    )
     assert missed <= MOST
     assert found > 0.9 * RUNS
 
 
 def test_certified_cascades_heed_groups():
-    groups = np.arange(4000) // 20
+    groups = np.repeat(np.arange(GROUPS), GROUP)
 
     def find(scores, correct, run):
-        return calibrate_cascade(scores, correct, EPS, delta=DELTA, groups=groups, seed=run)
+        return calibrate_cascade(scores, correct, EPS, delta=DELTA, groups=groups, seed=run, threads=1)
 
-    assert misses(find, clustered=True)[0] <= MOST
+    missed, found = misses(find, group=GROUP)
+    assert missed <= MOST
+    assert found > 0.9 * RUNS
 
 
+@pytest.mark.parametrize("group", [1, GROUP])
 @pytest.mark.parametrize("mode", ["marginal", "sequential"])
-def test_the_harness_catches_thresholds_without_a_promise(mode):
-    missed, _ = misses(lambda scores, correct, _: calibrate_cascade(scores, correct, EPS, mode=mode))
+def test_the_harness_catches_thresholds_without_a_promise(mode, group):
+    missed, _ = misses(
+        lambda scores, correct, _: calibrate_cascade(scores, correct, EPS, mode=mode, threads=1),
+        group=group,
+    )
     assert missed > 3 * MOST
 
 
-def test_certified_budgets_are_seldom_broken():
+# One head whose accuracy falls quickly to the target and stays there: the last step of the path is mostly false.
+
+SHARP_RUNS, HALF = 1000, 0.5
+SHARP_MOST = stats.binom.ppf(1 - 1e-4, SHARP_RUNS, DELTA)
+
+
+def sharp_misses(*, samples=3000, group=1, groups=None, delta=DELTA):
     rng = np.random.default_rng(8)
-    truth = heads_like(rng, 2, 200_000)
-    broken = 0
-    for run in range(60):
-        scores, correct = heads_like(rng, 2, 600)
+    missed = found = 0
+    for run in range(SHARP_RUNS):
+        scores = np.repeat(rng.random(samples // group), group)
+        chance = np.where(scores > 0.7, 0.8, np.where(scores > 0.4, 0.2, HALF - 1e-4))
+        correct = np.repeat(rng.random(samples // group), group) < chance
         cascade = calibrate_cascade(
-            scores, correct, 0.9, mode="budget", costs=[1, 2, 4], budget=0.05, delta=DELTA, seed=run
+            scores[None], correct[None], HALF, delta=delta, groups=groups, seed=run, threads=1
         )
-        reached = truth[0] >= cascade.thresholds[:, None]
-        leave = np.where(reached.any(axis=0), reached.argmax(axis=0), 2)
-        right = np.vstack([truth[1], np.ones(200_000, bool)])[leave, np.arange(200_000)]
-        broken += (~right).mean() > 0.052
-    assert broken <= stats.binom.ppf(1 - 1e-4, 60, DELTA)
+        found += cascade.found
+        missed += cascade.thresholds[0] < 0.4
+    return missed, found
+
+
+def test_the_harness_catches_three_times_the_delta():
+    missed, found = sharp_misses()
+    assert missed <= SHARP_MOST
+    assert found > 0.8 * SHARP_RUNS
+    assert sharp_misses(delta=3 * DELTA)[0] > SHARP_MOST
+
+
+def test_the_harness_catches_groups_that_are_not_heeded():
+    clustered = {"samples": 6 * 800, "group": 6}
+    missed, found = sharp_misses(**clustered, groups=np.repeat(np.arange(800), 6))
+    assert missed <= SHARP_MOST
+    assert found > 0.7 * SHARP_RUNS
+    assert sharp_misses(**clustered)[0] > SHARP_MOST
+
+
+# Two heads with scores of their own, so that the share of wrong samples is known: a (1 - tau)^2 of what a head sees.
+
+WORSE = np.array([0.25, 0.15])
+
+
+def budget_misses(*, group=1, runs=RUNS, **options):
+    rng = np.random.default_rng(9)
+    broken = found = 0
+    for run in range(runs):
+        scores = np.repeat(rng.random((2, 500)), group, axis=1)
+        dice = np.repeat(rng.random((2, 500)), group, axis=1)
+        correct = dice >= 2 * WORSE[:, None] * (1 - scores)
+        asked = {"mode": "budget", "costs": [1, 2, 4], "budget": 0.05, "seed": run, "threads": 1}
+        first, second = calibrate_cascade(scores, correct, 0.9, **asked, **options).thresholds.clip(max=1)
+        found += min(first, second) < 1
+        broken += WORSE[0] * (1 - first) ** 2 + first * WORSE[1] * (1 - second) ** 2 > 0.05
+    return broken, found
+
+
+def test_certified_budgets_are_seldom_broken():
+    broken, found = budget_misses(delta=DELTA)
+    assert broken <= MOST
+    assert found > 0.9 * RUNS
+
+
+def test_certified_budgets_heed_groups():
+    runs = 120
+    most = stats.binom.ppf(1 - 1e-4, runs, DELTA)
+    broken, found = budget_misses(delta=DELTA, group=8, runs=runs, groups=np.repeat(np.arange(500), 8))
+    assert broken <= most
+    assert found > 0.9 * runs
+    assert budget_misses(delta=DELTA, group=8, runs=runs)[0] > most
+
+
+def test_the_harness_catches_budgets_without_a_promise():
+    assert budget_misses()[0] > 3 * MOST
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,23 @@ def test_sort_by_definition():
     assert [part.tolist() for part in ordered] == [[-3.0, 1.0, 1.0, 2.0, 2.0], [1, 1, 0, 0, 1]]
 
 
-@pytest.mark.parametrize("name", ["fast_calibrate", "sort_by_score", "threshold_curve"])
+FUNCTIONS = (
+    "calibrate_cascade",
+    "certify",
+    "decide",
+    "fast_calibrate",
+    "sort_by_score",
+    "threshold_curve",
+    "top2_margin",
+)
+
+
+def test_all_of_the_specification_is_public():
+    assert set(reference.__all__) == {*FUNCTIONS, "Decision", "ThresholdCurve", "monitor"}
+    assert reference.monitor.wealth([0], [0], [1], 0.5) == 1.0
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_signatures_match(name):
     ours, theirs = (inspect.signature(getattr(module, name)) for module in (offramp, reference))
     assert list(ours.parameters) == list(theirs.parameters)

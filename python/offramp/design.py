@@ -26,24 +26,26 @@ _STARTS = 8
 _START_EXPONENTS = (12, 8, 6, 4, 3, 2, 1)
 
 _INDEPENDENT = "Samples are independent draws from what the threshold will meet."
-_ASSUMPTIONS = {
-    "e-process": (
-        f"{_INDEPENDENT} Valid at all thresholds at once for the mean risk of the samples that were scored; for the"
-        " risk of the population at a fixed number of samples that is an approximation, which population=True removes."
-    ),
-    "fixed-sequence": f"{_INDEPENDENT} The thresholds tried were fixed before the labels were seen.",
-    "bonferroni": f"{_INDEPENDENT} The ranks tried were fixed beforehand.",
-    "sgr": f"{_INDEPENDENT} Risk rises with coverage; where it does not, the certificate may be false.",
-}
-_POPULATION = f"{_INDEPENDENT} Valid at all thresholds at once, for the risk of the population."
 _PER_GROUP = (
-    "Groups are independent; one sample of each was drawn, so the risk is that of a random sample of a random"
-    " group.  "
+    "Groups are independent draws; one sample of each was drawn, so the risk is that of a random sample of a random"
+    " group."
 )
-_BETTING = (
-    "Groups are independent draws and no group has more than {most} samples; within one, samples may be alike in any"
-    " way.  The thresholds tried were fixed before the labels were seen."
+_IN_GROUPS = (
+    "Groups are independent draws, their ids tell nothing of their labels, and no group can have more than {most}"
+    " samples{known}; within one, samples may be alike in any way."
 )
+_WALKED = "The thresholds tried were fixed before the labels were seen."
+_VALID = {
+    "e-process": (
+        "Valid at all thresholds at once for the mean risk of the samples that were scored; for the risk of the"
+        " population at a fixed number of samples that is an approximation, which population=True removes."
+    ),
+    "fixed-sequence": _WALKED,
+    "betting": _WALKED,
+    "bonferroni": "The ranks tried were fixed beforehand.",
+    "sgr": "Risk rises with coverage; where it does not, the promise is unproven.",
+}
+_POPULATION = "Valid at all thresholds at once, for the risk of the population."
 
 
 class Groups(NamedTuple):
@@ -54,7 +56,7 @@ class Groups(NamedTuple):
     number: int
     """How many groups there are."""
     most: int
-    """The most samples one group has."""
+    """The most samples one group can have."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class Question:
     eps, delta : float
         Accuracy to certify, and how likely the certificate may be false.
     method : str
-        What to compute: one of `METHODS`.
+        What to compute: one of `METHODS`, or "betting" on groups.
     keep : (M,) int64 or None
         The samples to use; None for all.
     grid : (G,) float64 or None
@@ -92,7 +94,7 @@ class Question:
     assumptions: str
 
 
-def ask(  # noqa: PLR0912 - a branch for every pair of arguments that may not go together
+def ask(
     samples: int,
     eps: Any,
     *,
@@ -100,6 +102,7 @@ def ask(  # noqa: PLR0912 - a branch for every pair of arguments that may not go
     method: str,
     groups: Any,
     group_method: str,
+    max_group_size: Any,
     grid: Any,
     population: bool,
     seed: int,
@@ -120,51 +123,63 @@ def ask(  # noqa: PLR0912 - a branch for every pair of arguments that may not go
         raise InputError(
             f"population goes with method 'e-process' only: method {method!r} needs no such step"
         )
-    keep, known_groups = None, None
-    assumptions = _ASSUMPTIONS[method]
-    if groups is not None:
-        known_groups = as_groups(groups, samples)
-        if group_method == "one-per-group":
-            keep = one_per_group(known_groups, seed)
-            assumptions = _PER_GROUP + assumptions
-            known_groups = None
-        elif method in ("bonferroni", "sgr"):
-            raise InputError(
-                f"group_method is 'betting', which walks thresholds, but method is {method!r}: use 'one-per-group',"
-                " or method 'fixed-sequence'"
-            )
-        elif population:
-            raise InputError("population does not go with bets on groups: leave it out")
-        else:
-            assumptions = _BETTING.format(most=known_groups.most)
+    bets = groups is not None and group_method == "betting"
+    if max_group_size is not None and not bets:
+        raise InputError("max_group_size is for bets on groups: give groups as well, or leave it out")
+    keep, known_groups, drawn = None, None, _INDEPENDENT
+    if bets:
+        method = _betting_for(method, population=population)
+        known_groups = as_groups(groups, samples, max_group_size)
+        drawn = _in_groups(known_groups, max_group_size)
+    elif groups is not None:
+        keep = one_per_group(as_groups(groups, samples), seed)
+        drawn = _PER_GROUP
     if population:
         keep = poisson_part(samples, keep, seed)
-        assumptions = _POPULATION
-    used = samples if keep is None else len(keep)
-    walks = method == "fixed-sequence" or known_groups is not None
-    thresholds: NDArray[np.float64] | None = None
-    places: tuple[int, ...] = ()
-    if method == "bonferroni":
-        places = ranks(grid, used)
-    elif method == "sgr" and grid is not None:
-        raise InputError("grid does not go with method 'sgr', which bisects over ranks: leave it out")
-    elif grid is not None:
-        thresholds = as_grid(grid)
-        places = even_starts(len(thresholds)) if walks else ()
-    elif walks:
-        thresholds = lattice()
-        places = lattice_starts(thresholds)
+    thresholds, places = _tries(method, grid, samples if keep is None else len(keep))
     return Question(
         target,
         level,
-        "fixed-sequence" if walks else method,
+        method,
         keep,
         thresholds,
         places,
-        unit=walks and grid is None,
+        unit=grid is None and thresholds is not None,
         groups=known_groups,
-        assumptions=assumptions,
+        assumptions=f"{drawn}  {_POPULATION if population else _VALID[method]}",
     )
+
+
+def _betting_for(method: str, *, population: bool) -> str:
+    if method in ("bonferroni", "sgr"):
+        raise InputError(
+            f"group_method is 'betting', which walks thresholds, but method is {method!r}: use 'one-per-group',"
+            " or method 'fixed-sequence'"
+        )
+    if population:
+        raise InputError("population does not go with bets on groups: leave it out")
+    return "betting"
+
+
+def _in_groups(groups: Groups, max_group_size: Any) -> str:
+    known = ", the most one has here" if max_group_size is None else ""
+    return _IN_GROUPS.format(most=groups.most, known=known)
+
+
+def _tries(method: str, grid: Any, samples: int) -> tuple[NDArray[np.float64] | None, tuple[int, ...]]:
+    """Return thresholds to try, None for all scores, and the starts among them; for ``bonferroni`` the ranks."""
+    if method == "bonferroni":
+        return None, ranks(grid, samples)
+    if method == "sgr" and grid is not None:
+        raise InputError("grid does not go with method 'sgr', which bisects over ranks: leave it out")
+    walks = method in ("fixed-sequence", "betting")
+    if grid is not None:
+        thresholds = as_grid(grid)
+        return thresholds, even_starts(len(thresholds)) if walks else ()
+    if walks:
+        thresholds = lattice()
+        return thresholds, lattice_starts(thresholds)
+    return None, ()
 
 
 _PROMISES = {
@@ -253,11 +268,7 @@ def ask_cascade(
     level = as_level(delta)
     known_groups = None if groups is None else as_groups(groups, samples)
     certified = _CERTIFIED[mode].format(eps=target, budget=share)
-    rests = (
-        _INDEPENDENT
-        if known_groups is None
-        else (f"Groups are independent draws and no group has more than {known_groups.most} samples.")
-    )
+    drawn = _INDEPENDENT if known_groups is None else _in_groups(known_groups, None)
     return CascadeQuestion(
         target,
         share,
@@ -265,7 +276,7 @@ def ask_cascade(
         level,
         halves(samples, known_groups, as_seed(seed)),
         known_groups,
-        f"At confidence {1 - level:g} {certified}.  {rests}",
+        f"At confidence {1 - level:g} {certified}.  {drawn}",
     )
 
 
@@ -312,8 +323,8 @@ def as_grid(grid: Any) -> NDArray[np.float64]:
     return np.unique(found.astype(np.float64)) + 0.0
 
 
-def as_groups(groups: Any, samples: int) -> Groups:
-    """Read group ids, one a sample, of any dtype that can be compared."""
+def as_groups(groups: Any, samples: int, max_group_size: Any = None) -> Groups:
+    """Read group ids, one a sample, of any dtype that can be compared, and the most samples a group can have."""
     found = np.asarray(groups)
     if found.shape != (samples,) or found.dtype.hasobject:
         raise InputError(f"groups has shape {found.shape}: give one id for each of the {samples} samples")
@@ -325,7 +336,18 @@ def as_groups(groups: Any, samples: int) -> Groups:
     lengths = np.diff(np.append(starts, samples))
     of = np.repeat(numbers.astype(np.uint32), lengths)
     sizes = np.bincount(numbers, weights=lengths)
-    return Groups(of, len(sizes), int(sizes.max()))
+    largest = int(sizes.max())
+    most = largest if max_group_size is None else max_group_size
+    if (
+        isinstance(most, bool)
+        or not isinstance(most, SupportsIndex)
+        or not largest <= most.__index__() < 2**32
+    ):
+        raise InputError(
+            f"max_group_size is {most!r}: give a whole number below 2^32 and of at least {largest}, which is what the"
+            " largest group has here"
+        )
+    return Groups(of, len(sizes), most.__index__())
 
 
 def one_per_group(groups: Groups, seed: int) -> NDArray[np.int64]:

@@ -31,6 +31,7 @@ def certify(
     method: CertifyMethod = "e-process",
     groups: Any = None,
     group_method: GroupMethod = "betting",
+    max_group_size: SupportsIndex | None = None,
     grid: Any = None,
     population: bool = False,
     seed: int = 0,
@@ -55,11 +56,16 @@ def certify(
         NIPS 2017), for risks that rise with coverage.
     groups : array_like, shape (N,), optional
         An id for each sample where samples are not independent, as the tokens of one sequence are not.  Tests that
-        take them for independent certify falsely several times as often as delta.
+        take them for independent certify falsely several times as often as delta.  Bets are made in the order of the
+        ids, which must therefore tell nothing of the labels, as numbers given by difficulty would.
     group_method : {"betting", "one-per-group"}
         ``"betting"``: the walk of ``"fixed-sequence"`` with a test that bets on group after group, whatever the samples
         of one group have in common; with methods ``"e-process"`` and ``"fixed-sequence"``.  ``"one-per-group"``: one
         random sample of each group, then any method.
+    max_group_size : int, optional
+        For bets: the most samples a group can have, known before the data were, such as the longest sequence allowed.
+        By default the largest group here; then the promise holds if no group can be larger, and may be false far more
+        often than delta if larger ones are rare and worse.  The more it is, the less is certified.
     grid : array_like, shape (G,), optional
         Thresholds to try, fixed before the labels were seen; for ``"bonferroni"`` ranks counted from the highest score.
         By default all scores for ``"e-process"``, for walks a lattice over [0, 1] even in the log-odds, and 200 even
@@ -107,6 +113,7 @@ def certify(
         method=method,
         groups=groups,
         group_method=group_method,
+        max_group_size=max_group_size,
         grid=grid,
         population=population,
         seed=as_seed(seed),
@@ -121,7 +128,8 @@ def certify(
             labels,
             question.eps,
             question.delta,
-            question.method,
+            # The core tells bets from tests by the groups.
+            "fixed-sequence" if question.method == "betting" else question.method,
             question.grid,
             list(question.places),
             question.unit,
@@ -133,7 +141,7 @@ def certify(
         accepted=accepted,
         correct=right,
         bound=bound,
-        method=method,
+        method=question.method,
         assumptions=question.assumptions,
         found=bool(np.isfinite(tau)),
         n=len(values),

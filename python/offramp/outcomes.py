@@ -40,8 +40,8 @@ class Certificate(Counted):
         ``group_method="one-per-group"`` of the samples drawn.
     bound : float
         At confidence 1 - delta the accuracy is at least this; NaN if nothing is certified.
-    method : str
-        The method, as asked for.
+    method : {"e-process", "fixed-sequence", "bonferroni", "sgr", "betting"}
+        The test that was made: the method asked for, or ``"betting"`` where it bet on groups.
     assumptions : str
         What has to be true of the samples, in words.
     found : bool

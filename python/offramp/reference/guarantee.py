@@ -35,6 +35,7 @@ def certify(
     method: Literal["e-process", "fixed-sequence", "bonferroni", "sgr"] = "e-process",
     groups: Any = None,
     group_method: Literal["betting", "one-per-group"] = "betting",
+    max_group_size: SupportsIndex | None = None,
     grid: Any = None,
     population: bool = False,
     seed: int = 0,
@@ -50,6 +51,7 @@ def certify(
         method=method,
         groups=groups,
         group_method=group_method,
+        max_group_size=max_group_size,
         grid=grid,
         population=population,
         seed=as_seed(seed),
@@ -73,7 +75,7 @@ def certify(
         accepted=accepted,
         correct=right,
         bound=bound,
-        method=method,
+        method=question.method,
         assumptions=question.assumptions,
         found=math.isfinite(tau),
         n=len(values),
@@ -150,7 +152,7 @@ def wealth_suffices(accepted: Counts, wrong: Counts, alpha: float, delta: float,
 def counts_at(
     values: NDArray[np.float64],
     labels: NDArray[np.uint8],
-    grid: Sequence[float] | NDArray[np.float64] | NDArray[np.float64],
+    grid: Sequence[float] | NDArray[np.float64],
 ) -> tuple[Counts, Counts]:
     """Count accepted and correct samples at each threshold."""
     order = np.argsort(values, kind="stable")
@@ -277,6 +279,7 @@ def _bound(accepted: int, right: int, delta: float) -> float:
 _FIND: dict[str, Callable[..., Found]] = {
     "e-process": _by_evidence,
     "fixed-sequence": _by_walking,
+    "betting": _by_walking,
     "bonferroni": _by_ranks,
     "sgr": _by_bisection,
 }
