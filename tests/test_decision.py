@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+import threading
+import time
+
 import ml_dtypes
 import numpy as np
 import offramp
 import pytest
 import torch
-from offramp import Decision, decide, reference, top2_margin
+from offramp import Decision, _core, decide, reference, top2_margin
+from offramp.cli.app import run
+from offramp.evaluation.peers import decision as peers
 
 BOTH = pytest.mark.parametrize("module", [offramp, reference], ids=["core", "reference"])
 NAN, INF = float("nan"), float("inf")
@@ -213,3 +219,61 @@ def test_argmax_agrees_with_torch_and_numpy_on_ties():
         logits = rng.integers(0, 4, rng.integers(1, 900)).astype(np.float32)
         token, _ = decide(logits, 0.5)[:2]
         assert token == logits.argmax() == int(torch.from_numpy(logits).argmax())
+
+
+def test_other_threads_run_during_a_batch():
+    """The interpreter is released for a batch, and for a single row, which takes microseconds, it is not."""
+    rows = np.zeros((64, 50_000), np.float32)
+    rows[:, 7] = 1
+    steps, stop = 0, threading.Event()
+
+    def work():
+        nonlocal steps
+        while not stop.is_set():
+            steps += 1
+            time.sleep(0)
+
+    def progress(decide, tries):
+        """Whether another thread got on between the beginning of some call and its end."""
+        for _ in range(tries):
+            before = steps
+            decide()
+            if steps > before:
+                return True
+            time.sleep(0)
+        return False
+
+    thread, interval = threading.Thread(target=work), sys.getswitchinterval()
+    # From here on a thread runs until it lets go of the interpreter itself.
+    sys.setswitchinterval(1000)
+    try:
+        thread.start()
+        assert not progress(lambda: _core.top2_margin_row(rows[0], "float32"), 100)
+        assert not progress(lambda: _core.exits_rows(rows[:1], "float32", 0.5), 100)
+        assert progress(lambda: _core.top2_margin_rows(rows, "float32"), 1000)
+        assert progress(lambda: _core.exits_rows(rows, "float32", 0.5), 1000)
+        assert progress(lambda: _core.exits_rows(rows, "float32", np.zeros(64)), 1000)
+    finally:
+        stop.set()
+        sys.setswitchinterval(interval)
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    ("contender", "within"),
+    [("by_numpy", 1e-6), ("_by_logsumexp", 2e-6), ("_by_softmax", 1e-4)],
+)
+def test_the_bench_times_what_finds_the_same(monkeypatch, capsys, contender, within):
+    """A contender whose margin is further off than its own arithmetic, or whose token is another, ends the bench."""
+    arguments = ["bench", "decide", "--vocabulary", "500", "--rounds", "1", "--quiet", "--json"]
+    honest = getattr(peers, contender)
+    for token_off, margin_off, code in ((0, 0.5, 0), (0, 3.0, 1), (1, 0.0, 1)):
+
+        def off(*given, token_off=token_off, margin_off=margin_off):
+            token, _, *tolerance = honest(*given)
+            exact = top2_margin(given[-1])[1]
+            return token + token_off, exact + margin_off * within, *tolerance
+
+        monkeypatch.setattr(peers, contender, off)
+        assert run(arguments) == code
+        assert ("so its time means nothing" in capsys.readouterr().err) == (code == 1)

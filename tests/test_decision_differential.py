@@ -134,6 +134,17 @@ def assert_within_stated_error(logits, margin):
     assert abs(margin - expected) <= 6e-7 * expected + np.finfo(np.float32).smallest_subnormal
 
 
+def yes_or_no(rows, dtype, tau):
+    """The engine's form of the decision, on rows (B, V)."""
+    return _core.exits_rows(rows.view(np.uint16) if rows.itemsize == 2 else rows, dtype, tau)
+
+
+def around(margin):
+    """A margin as a threshold, and the float64 numbers next to it."""
+    margin = np.asarray(margin, np.float64)
+    return np.nextafter(margin, -np.inf), margin, np.nextafter(margin, np.inf)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_bulk(dtype, kind):
@@ -147,12 +158,8 @@ def test_bulk(dtype, kind):
         for logits, one in zip(rows, margin, strict=True):
             assert_within_stated_error(logits, float(one))
         assert top2_margin(rows[0]) == (token[0], margin[0])
-        memory = rows.view(np.uint16) if rows.itemsize == 2 else rows
-        for step in (-1, 0, 1):
-            tau = (
-                np.nextafter(margin.astype(np.float64), step * np.inf) if step else margin.astype(np.float64)
-            )
-            named, exits = _core.exits_rows(memory, dtype, tau)
+        for tau in around(margin):
+            named, exits = yes_or_no(rows, dtype, tau)
             np.testing.assert_array_equal(named, token)
             np.testing.assert_array_equal(exits, margin >= tau)
 
@@ -165,9 +172,35 @@ def test_vocabulary_sizes(dtype, base):
     kinds = list(KINDS)
     for extra in range(16):
         logits = row(rng, kinds[extra % len(kinds)], base + extra, dtype)
-        ours = top2_margin(logits)
+        ours = token, margin = top2_margin(logits)
         assert ours == reference.top2_margin(logits)
-        assert_within_stated_error(logits, ours[1])
+        assert_within_stated_error(logits, margin)
+        # Close below, what the two largest logits alone cannot reject; far above, what they can.
+        for tau in (*map(float, around(margin)), 0.0, margin * 0.999, margin * 1.001, 0.5, 0.9999, 1.0):
+            named, exits = yes_or_no(logits[None], dtype, tau)
+            assert (named.tolist(), exits.tolist()) == ([token], [margin >= tau]), (logits.size, tau)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [151_936, 300_000 - 1])
+def test_ties_for_the_maximum_anywhere_in_a_long_row(size, dtype):
+    """At every place of blocks and ranges, for two and for three: the lowest wins, with margin 0."""
+    rng = np.random.default_rng(size)
+    logits = np.minimum(like_a_model(rng, size), 17.5).astype(DTYPES[dtype])
+    edges = [edge + side for edge in (0, 16, 256, 1024, size // 2, size - size % 256) for side in (-1, 0, 1)]
+    places = sorted({place % size for place in [*edges, size - 2, *rng.integers(0, size, 6).tolist()]})
+    for at, first in enumerate(places):
+        for second in places[at + 1 :]:
+            tied = [first, second, int(rng.integers(second, size))][: 2 + (first + second) % 2]
+            before = logits[tied]
+            logits[tied] = 18.25
+            assert top2_margin(logits) == (first, 0.0), tied
+            for tau in (0.0, 5e-324):
+                named, exits = yes_or_no(logits[None], dtype, tau)
+                assert (named.tolist(), exits.tolist()) == ([first], [tau == 0.0]), tied
+            logits[tied] = before
+    logits[[size // 3, size - 1]] = 18.25
+    assert reference.top2_margin(logits) == top2_margin(logits) == (size // 3, 0.0)
 
 
 @st.composite

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from importlib.util import find_spec
 from math import nan
 from pathlib import Path
@@ -19,7 +18,6 @@ from offramp.evaluation.peers.decision import (
     DTYPES,
     OURS,
     READ,
-    SOFTMAX_WITHIN,
     VOCABULARIES,
     agree,
     contenders,
@@ -162,7 +160,7 @@ def _decisions(session: Session, vocabulary: int | None, rounds: int) -> dict[st
             session.say(f"timing decide: {size:,} logits, {dtype}")
             seconds[f"{size} {dtype}"] = in_turn(
                 contenders(logits, dtype),
-                partial(agree, within=SOFTMAX_WITHIN),
+                agree,
                 rounds=rounds,
                 seconds=60,
                 unlike={READ},

@@ -1,7 +1,8 @@
-"""Where the decision reads logits: on the host, in place, allocating nothing from step to step.
+"""Where the decision reads logits: on the host, in memory that is not allocated anew from step to step.
 
-On the CPU that is the tensor's own memory.  From a CUDA device the logits go into page-locked memory that is kept and
-filled again: copied on a stream of its own, so that later work of the model need not wait, and waited for by an event.
+On the CPU that is the tensor's own memory where its rows lie there as they are.  From a CUDA device the logits go into
+page-locked memory that is kept and filled again: copied on a stream of its own, so that later work of the model need
+not wait, and waited for by an event.
 For `decoding`, `scoring` and `model`; needs the decision only.
 """
 
@@ -21,8 +22,8 @@ _NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "b
 class Stream(Protocol):
     """Copies from a device, one after another, beside its other work."""
 
-    def buffer(self, logits: torch.Tensor) -> torch.Tensor:
-        """Host memory for logits of this shape and dtype."""
+    def memory(self, size: int) -> torch.Tensor:
+        """Allocate so many bytes (size,) of the host."""
 
     def copy(self, logits: torch.Tensor, buffer: torch.Tensor) -> None:
         """Begin to copy as soon as the logits are computed; returns at once."""
@@ -34,7 +35,9 @@ class Stream(Protocol):
 class Stage:
     """Takes decisions on logits (B, S) wherever they are.
 
-    Each generation has its own: what one has under way, finished or abandoned, cannot reach another's memory.
+    Each generation has its own: what one has under way, finished or abandoned, cannot reach another's memory.  Logits
+    that must be copied go into one memory, as large as the largest so far; tokens and flags, a few bytes a row, are new
+    arrays each time.
 
     Parameters
     ----------
@@ -52,6 +55,7 @@ class Stage:
 
     def __init__(self, stream: Stream | None = None) -> None:
         self._stream = stream
+        self._memory = _allocate(0)
         self._buffers: dict[tuple[torch.Size, torch.dtype], tuple[torch.Tensor, NDArray[Any]]] = {}
 
     @classmethod
@@ -78,17 +82,26 @@ class Stage:
             except (RuntimeError, TypeError):
                 # In need of a gradient, negated, or elsewhere; to ask beforehand takes as long as to look.
                 view = None
-            if view is None or not view.flags.c_contiguous:
-                view = _view(logits.detach().resolve_neg().cpu().contiguous())
-            return view
-        key = (logits.shape, logits.dtype)
-        if key not in self._buffers:
-            buffer = self._stream.buffer(logits)
-            self._buffers[key] = (buffer, _view(buffer))
-        buffer, view = self._buffers[key]
-        self._stream.copy(logits.detach(), buffer)
-        self._stream.wait()
+            if view is not None and view.flags.c_contiguous:
+                return view
+        buffer, view = self._buffers.get((logits.shape, logits.dtype)) or self._buffer(logits)
+        if self._stream is None:
+            buffer.copy_(logits.detach())
+        else:
+            self._stream.copy(logits.detach(), buffer)
+            self._stream.wait()
         return view
+
+    def _buffer(self, logits: torch.Tensor) -> tuple[torch.Tensor, NDArray[Any]]:
+        """Lay logits out in the memory, row after row; as a tensor and as numpy sees it."""
+        size = logits.numel() * logits.itemsize
+        if size > len(self._memory):
+            self._buffers.clear()
+            allocate = _allocate if self._stream is None else self._stream.memory
+            self._memory = allocate(size)
+        buffer = self._memory[:size].view(logits.dtype).view(logits.shape)
+        found = self._buffers[logits.shape, logits.dtype] = buffer, _view(buffer)
+        return found
 
 
 class CudaStream:
@@ -98,9 +111,9 @@ class CudaStream:
         self._stream = torch.cuda.Stream(device)
         self._computed, self._copied = torch.cuda.Event(), torch.cuda.Event()
 
-    def buffer(self, logits: torch.Tensor) -> torch.Tensor:
-        """Page-locked memory, which the device writes to without the processor's help."""
-        return torch.empty(logits.shape, dtype=logits.dtype, pin_memory=True)
+    def memory(self, size: int) -> torch.Tensor:
+        """Allocate page-locked memory, which the device writes to without the processor's help."""
+        return _allocate(size, pin_memory=True)
 
     def copy(self, logits: torch.Tensor, buffer: torch.Tensor) -> None:
         """Begin to copy once the current stream has computed the logits."""
@@ -115,6 +128,11 @@ class CudaStream:
     def wait(self) -> None:
         """Wait for the copies."""
         self._copied.synchronize()
+
+
+def _allocate(size: int, *, pin_memory: bool = False) -> torch.Tensor:
+    # Elsewhere than on the CPU not even where torch is told to allocate there unless told otherwise.
+    return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=pin_memory)
 
 
 def _name(logits: torch.Tensor) -> str:

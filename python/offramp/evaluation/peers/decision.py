@@ -16,10 +16,15 @@ from numpy.typing import NDArray
 from offramp.decision import decide
 
 Contenders: TypeAlias = dict[str, Callable[[], Any]]
+"""By name; each returns a token, a margin and, unless that is `WITHIN`, how far the margin may be from ours."""
 
 OURS, READ = "offramp", "one read"
+SOFTMAX = "torch softmax + topk"
+WITHIN = 1e-6
 # torch's softmax adds in float32, in an order that was seen to cost 7e-5 of the margin at V = 151 936.
-SOFTMAX, SOFTMAX_WITHIN = "torch softmax + topk", 1e-4
+SOFTMAX_WITHIN = 1e-4
+# torch's logsumexp is a float32 around 20, where half a unit in the last place is 9.5e-7 of either probability.
+LOGSUMEXP_WITHIN = 2e-6
 VOCABULARIES = (32_000, 51_200, 128_256, 151_936, 256_000)
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -53,8 +58,9 @@ def contenders(logits: NDArray[np.float32], dtype: str) -> Contenders:
     }
 
 
-def agree(ours: tuple[int, float], other: tuple[int, float], within: float = 1e-6) -> bool:
+def agree(ours: tuple[int, float], other: tuple[int, float] | tuple[int, float, float]) -> bool:
     """Whether the token is the same, and the margin as far as the other computes it."""
+    within = other[2] if len(other) == 3 else WITHIN
     return ours[0] == other[0] and abs(ours[1] - other[1]) <= within
 
 
@@ -65,13 +71,13 @@ def by_numpy(logits: NDArray[np.float32]) -> tuple[int, float]:
     return int(logits.argmax()), float((first - second) / weights.sum(dtype=np.float64))
 
 
-def _by_softmax(torch: Any, logits: Any) -> tuple[int, float]:
+def _by_softmax(torch: Any, logits: Any) -> tuple[int, float, float]:
     top = torch.softmax(logits, -1, dtype=torch.float32).topk(2)
     first, second = top.values.tolist()
-    return int(top.indices[0]), first - second
+    return int(top.indices[0]), first - second, SOFTMAX_WITHIN
 
 
-def _by_logsumexp(torch: Any, logits: Any) -> tuple[int, float]:
+def _by_logsumexp(torch: Any, logits: Any) -> tuple[int, float, float]:
     top = logits.topk(2)
     first, second = (top.values.float() - torch.logsumexp(logits.float(), -1)).exp().tolist()
-    return int(top.indices[0]), first - second
+    return int(top.indices[0]), first - second, LOGSUMEXP_WITHIN
