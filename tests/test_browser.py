@@ -99,7 +99,7 @@ def test_the_report_works_in_a_browser(page, tmp_path, width):
     assert seen["width"] == width
     assert seen["scroll"] <= width
     assert seen["wide"] == []
-    assert seen["pictures"] == 6
+    assert seen["pictures"] == 8
     assert seen["empty"] == 0
     said = seen["said"]
     first, second = said["ArrowRight"]

@@ -133,6 +133,43 @@ def test_calibration_is_stored_with_the_heads(workplace):
     assert "marginal" in stored.side_by_side()
 
 
+@pytest.fixture(scope="module")
+def certified(workplace):
+    """Heads certified at an ε low enough for bets on some seventy sequences, and what the command showed."""
+    folder = workplace[0] / "certified"
+    shutil.copytree(workplace[0] / "exits", folder / "exits")
+    (folder / "prompts.txt").write_text("".join(f"{a} {b}\n" for a in WORDS[4:] for b in WORDS[4:]))
+    where = ("--prompts", folder / "prompts.txt", "--model", workplace[0] / "tiny", "--device", "cpu", "-q")
+    arguments = (
+        "calibrate", folder / "exits", "--eps", "0.2", "--delta", "0.2", "--tokens", "3000", *where
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", "200")
+        return folder, succeed(*arguments), json.loads(succeed(*arguments, "--json"))
+
+
+def test_certified_calibration_stands_beside_the_others(certified):
+    _, shown, found = certified
+    assert "mode sequential, certified at confidence 0.8" in shown
+    assert "At confidence 0.8 on new samples every head that exits is accurate to at least 0.2" in shown
+    kinds = next(line for line in shown.splitlines() if "marginal" in line)
+    assert kinds.index("marginal") < kinds.index("sequential ") < kinds.index("sequential, certified")
+    assert found["delta"] == 0.2
+    assert set(found["by_mode"]) == {"marginal", "sequential", "sequential, certified"}
+    assert found["by_mode"]["sequential, certified"]["thresholds"] == found["thresholds"]
+    assert any(tau is not None for tau in found["thresholds"])
+
+
+def test_what_is_promised_stands_beside_each_threshold(certified, workplace, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    shown = succeed(
+        "evaluate", certified[0] / "exits", "--eps", "0.2", "--grid", "0.2", "--count", "2", "--timed", "1", "-n", "6",
+        "--prompts", workplace[0] / "others.txt", "--model", workplace[0] / "tiny", "--device", "cpu", "-q",
+    )  # fmt: skip
+    assert "guarantee" in shown
+    assert "at least 0.2, at confidence 0.8" in shown
+
+
 def test_generation_shows_text_and_exits(workplace):
     folder = workplace[0]
     arguments = ("generate", folder / "exits", "a b", "-n", "12", "--device", "cpu", "-q")
@@ -186,11 +223,29 @@ def test_evaluation_checks_every_target(workplace, tmp_path):
     assert all(row["predicted_ms"] > 0 for row in found["forced"])
     assert len(found["confidence"]) == 2 * 3
     assert len(found["reliability"]) == 2 * 15
+    assert {(row["layer"], row["confidence"]) for row in found["curves"]} == {
+        (row["layer"], row["confidence"]) for row in found["confidence"]
+    }
+    for row in found["confidence"]:
+        curve = [
+            at
+            for at in found["curves"]
+            if (at["layer"], at["confidence"]) == (row["layer"], row["confidence"])
+        ]
+        (last,) = (at for at in curve if at["coverage"] == 1)
+        assert last["risk"] == pytest.approx(1 - row["accuracy"])
     assert len(found["speed"]) == 4
+    for row in found["speed"]:
+        assert row["tokens_per_second_low"] <= row["tokens_per_second"] <= row["tokens_per_second_high"]
     assert found["speed"][0]["same_tokens"] is True
     assert len(found["thresholds"]) == 3 * len(LAYERS)
     assert {row["guarantee"] for row in found["thresholds"]} <= {"never exits", "no guarantee (sequential)"}
-    for name in ("forced", "thresholds", "decoded", "confidence", "reliability", "speed"):
+    for name in ("risk-coverage", "reliability"):
+        assert (tmp_path / "found" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert "<svg" in (tmp_path / "found" / f"{name}.svg").read_text()
+    page = (tmp_path / "found" / "report.html").read_text()
+    assert page.count("<figure") == page.count("<svg") == 6
+    for name in ("forced", "thresholds", "decoded", "confidence", "curves", "reliability", "speed"):
         stored = read_csv(tmp_path / "found" / f"{name}.csv")
         for row, expected in zip(stored, found[name], strict=True):
             for key, value in expected.items():
@@ -198,6 +253,26 @@ def test_evaluation_checks_every_target(workplace, tmp_path):
                 assert row[key] == value or (value is None and (math.isinf(row[key]) or math.isnan(row[key])))
     assert json.loads((tmp_path / "found" / "evaluation.json").read_text()) == found
     assert "Decoded" in succeed(*arguments)
+
+
+def test_the_seed_reaches_every_bootstrap(workplace, monkeypatch):
+    from offramp.evaluation import forced, metrics, shares, speed
+
+    seeds = []
+
+    def interval(*arguments, seed=0, **settings):
+        seeds.append(seed)
+        return metrics.interval(*arguments, seed=seed, **settings)
+
+    for module in (forced, shares, speed):
+        monkeypatch.setattr(module, "interval", interval)
+    succeed(
+        "evaluate", workplace[0] / "exits", "--eps", ".3", "--grid", ".3", "--count", "3", "--timed", "2",
+        "-n", "4", "--prompts", workplace[0] / "prompts.txt", "--device", "cpu", "-q", "--seed", "7",
+    )  # fmt: skip
+    # Areas of three confidences, shares of forced and of decoded text, and three of each speed.
+    assert len(seeds) > 8
+    assert set(seeds) == {7}
 
 
 def test_a_full_disk_costs_an_evaluation_its_files_and_not_its_numbers(workplace, tmp_path, monkeypatch):
@@ -346,7 +421,8 @@ TRAIN = ["train", "{}/tiny", "--layers", "2", "-o", "{}/new", "--tokens", "50"]
         (["evaluate", "{}/nowhere"], "nowhere"),
         (["evaluate", "{}/torn"], "heads.safetensors is truncated"),
         (["evaluate", "{}/tiny"], "tiny"),
-        (["evaluate", "{}/exits", "--eps", ".5,1"], "eps"),
+        (["evaluate", "{}/exits", "--eps", ".5,1"], "eps is 1: 0 asks nothing of the heads"),
+        (["evaluate", "{}/exits", "--grid", "0,.5"], "eps is 0: 0 asks nothing of the heads"),
         (["evaluate", "{}/exits", "--grid", ".5,1.1"], "eps is 1.1"),
         (["evaluate", "{}/exits", "--grid", "-0.5"], "eps is -0.5"),
         (["evaluate", "{}/exits", "--output", "{}/prompts.txt"], "prompts.txt"),

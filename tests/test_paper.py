@@ -3,6 +3,7 @@
 import errno
 import json
 import math
+import sys
 from dataclasses import replace
 from importlib.util import find_spec
 from xml.etree import ElementTree
@@ -14,10 +15,11 @@ import pytest
 if find_spec("lm_eval") is None:
     pytest.skip("needs lm_eval (offramp[eval])", allow_module_level=True)
 
+from offramp.evaluation.evaluate import curve_rows
 from offramp.evaluation.forced import Reading
 from offramp.evaluation.metrics import areas
 from offramp.evaluation.paper import stages
-from offramp.evaluation.paper.comparing import curve_rows, difference_rows, tie_rows
+from offramp.evaluation.paper.comparing import difference_rows, tie_rows
 from offramp.evaluation.paper.config import PaperConfig
 from offramp.evaluation.paper.heads import VARIANTS
 from offramp.evaluation.paper.stages import make_figures
@@ -165,6 +167,65 @@ def test_a_stage_is_measured_anew_when_what_it_depends_on_changes(tiny, tmp_path
     assert run(replace(first, timed=3, grid=(0.4,), epochs=9)) == everything
     (tmp_path / "exits.csv").unlink()
     assert run(replace(first, timed=3, grid=(0.4,), epochs=9)) == {"exits"}
+
+
+@pytest.mark.parametrize("share", [0, 0.5])
+def test_benchmarks_larger_than_the_budget_are_scored_anew(made, tiny, monkeypatch, share):
+    folder, _ = made
+    model, tokenizer = offramp.load_model(tiny, device="cpu")
+    ee = offramp.EarlyExitModel.from_pretrained(
+        folder / "heads" / "copy-0" / "exits", model=model, tokenizer=tokenizer
+    )
+    held, said, stderr = [], [], sys.stderr
+
+    def say(text):
+        # Not where the harness's own notes are swallowed.
+        assert sys.stderr is stderr
+        said.append(text)
+
+    class Watched(stages.Remembered):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            held.append(self)
+
+    monkeypatch.setattr(stages, "Remembered", Watched)
+    config = replace(SMALL, tasks=("offramp_pronouns", "offramp_endings"), documents=6)
+    work = stages.Work(folder, config, {}, ee, say, None)
+    expected = stages.score(work)
+    assert said == []
+    monkeypatch.setattr(stages.memory, "BUDGET", int(share * held[0].kept))
+    assert stages.score(work) == expected
+    assert len(said) == 1
+    assert "computed anew at every ε" in said[0]
+    kept = sum(tensor.nbytes for exits, final in held[1].values() for tensor in (*exits.values(), final))
+    assert kept == held[1].kept <= share * held[0].kept
+    assert (kept > 0) == (share > 0)
+
+
+def test_the_machine_of_every_stage_is_kept_and_shown(tiny, tmp_path, monkeypatch):
+    model, tokenizer = offramp.load_model(tiny, device="cpu")
+    described = {"processor": "Abacus 1", "system": "Linux"}
+    monkeypatch.setattr(stages.machine, "describe", lambda: dict(described))
+    config = replace(SMALL, tasks=())
+    _, found = make_figures(model, tokenizer, tmp_path, config)
+    assert found.machine == described
+    described["processor"] = "Abacus 2"
+    # Only the timing is run again, on the other machine.
+    _, found = make_figures(model, tokenizer, tmp_path, replace(config, timed=1))
+    stored = json.loads((tmp_path / "stages.json").read_text())
+    assert {stage for stage, done in stored.items() if done["machine"]["processor"] == "Abacus 2"} == {
+        "speed"
+    }
+    assert found.machine["system"] == "Linux"
+    first, second = found.machine["processor"].split("; ")
+    assert first.startswith("Abacus 1 (training, ")
+    assert second == "Abacus 2 (speed)"
+    assert "machine" not in json.loads((tmp_path / "settings.json").read_text())
+    # A record from before machines were kept says so.
+    del stored["ties"]["machine"]
+    (tmp_path / "stages.json").write_text(json.dumps(stored))
+    _, found = make_figures(model, tokenizer, tmp_path, replace(config, timed=1))
+    assert "not recorded (ties)" in found.machine["processor"]
 
 
 def test_a_full_disk_is_a_sentence_and_keeps_what_was_written(command, made, tmp_path, monkeypatch):

@@ -1,17 +1,23 @@
+import io
 import json
 import math
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from itertools import product
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from offramp.evaluation.decoded import Decoded, Passage, Token, split_text
 from offramp.evaluation.demo import DemoConfig, DemoResult
+from offramp.evaluation.evaluate import confidence_rows, curve_rows, reliability_rows, speed_rows
 from offramp.evaluation.findings import Findings
-from offramp.evaluation.forced import Point
+from offramp.evaluation.forced import Point, Reading
+from offramp.evaluation.palette import line
+from offramp.evaluation.paper.drawing import EVALUATION, PAPER, draw_figures
 from offramp.evaluation.report import render_report
 from offramp.evaluation.shares import Shares
 from offramp.evaluation.speed import OFF, PLAIN, Speed, exits_at
@@ -79,6 +85,33 @@ def make_result():
     )
 
 
+def make_sorting(*names, layers=LAYERS, tokens=1500):
+    """Tables of head sets whose deeper heads are right more often, and surer than they should be."""
+    random = np.random.default_rng(2)
+    tables = {"confidence": [], "curves": [], "reliability": []}
+    for name in names:
+        sure = random.beta(2, 1, (len(layers), tokens))
+        correct = random.random(sure.shape) < sure ** np.linspace(2, 1.2, len(layers))[:, None]
+        confidence = {
+            "margin": sure - (1 - sure) * random.random(sure.shape),
+            "max_prob": sure,
+            "entropy": -(1 - sure) * 9 * random.random(sure.shape),
+        }
+        reading = Reading(
+            layers,
+            30,
+            {key: values.astype(np.float32) for key, values in confidence.items()},
+            correct.astype(np.int64),
+            np.ones(tokens, np.int64),
+            np.arange(tokens) // 50,
+            np.ones(tokens, np.int64),
+        )
+        tables["confidence"] += confidence_rows(name, reading)
+        tables["curves"] += curve_rows(name, reading)
+        tables["reliability"] += reliability_rows(name, reading)
+    return tables
+
+
 def make_findings():
     """Everything a report can hold."""
     result = make_result()
@@ -90,18 +123,10 @@ def make_findings():
         shares = Shares.of(groups, random.random(100) < eps, depths, 30)
         exits = {layer: int((depths == layer).sum()) for layer in (*LAYERS, 30)}
         points.append(Point(eps, (0.1, 0.2, math.inf), exits, (0.9, 0.9, math.nan), shares, 0.0123))
-    areas = {
-        "aurc": 0.1234,
-        "aurc_low": 0.1,
-        "aurc_high": 0.2,
-        "e_aurc": 0.05,
-        "augrc": 0.06,
-        "ece": math.nan,
-    }
-    rows = [{"heads": "a-rather-long-name-of-heads", "layer": 18, "confidence": "margin", **areas}]
+    sorting = make_sorting("a-rather-long-name-of-heads")
     svg = '<svg xmlns="http://www.w3.org/2000/svg" width="900" height="600"><rect width="900" height="600"/></svg>'
     gallery = {"Fig. 1: <something> & more.": svg, "Fig. 2: else.": svg}
-    return replace(result.findings(), forced=points, confidence=rows, gallery=gallery)
+    return replace(result.findings(), forced=points, sorting=sorting, gallery=gallery)
 
 
 @pytest.fixture(scope="module")
@@ -194,6 +219,10 @@ def test_numbers_of_the_tables_are_the_results(result, read):
         assert f"{coverage:.1%}" in text
     assert "no guarantee (sequential)" in text
     assert f"{result.speed.ratio(exits_at(0.9), OFF):.2f}" in text
+    for name in result.speed.tokens_per_second:
+        low, high = result.speed.interval(name)
+        assert low < high
+        assert f"{result.speed.median(name):.1f} [{low:.1f}–{high:.1f}]" in text
 
 
 def test_a_guarantee_stands_beside_its_threshold(result):
@@ -214,7 +243,7 @@ def test_a_report_without_text_or_timing_leaves_them_out(result):
 
 def test_pictures_are_well_formed_and_take_the_pages_colours(page):
     pictures = re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)
-    assert len(pictures) == 4
+    assert len(pictures) == 6
     ids = []
     for picture in pictures:
         ids += [element.get("id") for element in ElementTree.fromstring(picture).iter() if element.get("id")]
@@ -225,6 +254,105 @@ def test_pictures_are_well_formed_and_take_the_pages_colours(page):
     assert set(re.findall(r"var\((--\w+)\)", page)) <= defined
     clips = [name for name in ids if re.fullmatch(r"p[0-9a-f]{10}", name)]
     assert len(clips) == len(set(clips))
+
+
+def drawn(name, tables):
+    figure = Figure(figsize=(6.4, 4))
+    (PAPER | EVALUATION)[name].drawn_from(tables, figure)
+    return figure
+
+
+def of_head(rows, heads, layer):
+    return [row for row in rows if (row["heads"], row["layer"]) == (heads, layer)]
+
+
+def test_risk_coverage_curves_are_those_of_the_tables():
+    tables = make_sorting("one", "other")
+    figure = drawn("risk-coverage", tables)
+    assert len(figure.axes) == 2 * len(LAYERS)
+    for ax, (heads, layer) in zip(figure.axes, product(("one", "other"), LAYERS), strict=True):
+        assert ax.get_title() == f"{heads}\nafter layer {layer}"
+        found = {row["confidence"]: row["aurc"] for row in of_head(tables["confidence"], heads, layer)}
+        names = [text.get_text() for text in ax.get_legend().get_texts()]
+        assert names == [f"{name} {aurc:.3f}" for name, aurc in found.items()]
+        for shown, name in zip(ax.lines, found, strict=True):
+            rows = [row for row in of_head(tables["curves"], heads, layer) if row["confidence"] == name]
+            assert len(rows) > 100
+            assert list(shown.get_xdata()) == [row["coverage"] for row in rows]
+            assert list(shown.get_ydata()) == [row["risk"] for row in rows]
+        for look in ("color", "marker"):
+            assert len({getattr(shown, f"get_{look}")() for shown in ax.lines}) == len(found)
+
+
+def test_reliability_diagrams_are_those_of_the_tables():
+    tables = make_sorting("mine", tokens=40)
+    figure = drawn("reliability", tables)
+    assert [ax.get_title() for ax in figure.axes] == [f"after layer {layer}" for layer in LAYERS]
+    for ax, layer in zip(figure.axes, LAYERS, strict=True):
+        rows = of_head(tables["reliability"], "mine", layer)
+        held = [row for row in rows if row["tokens"]]
+        assert len(held) < len(rows)
+        diagonal, right = ax.lines
+        assert list(diagonal.get_xdata()) == list(diagonal.get_ydata()) == [0, 1]
+        assert list(right.get_xdata()) == [row["mean_max_prob"] for row in held]
+        assert list(right.get_ydata()) == [row["accuracy"] for row in held]
+        assert [bar.get_height() for bar in ax.patches] == [row["tokens"] / 40 for row in rows]
+        assert [bar.get_x() for bar in ax.patches] == [row["bin_from"] for row in rows]
+        (ece,) = (row["ece"] for row in of_head(tables["confidence"], "mine", layer) if row["ece"] >= 0)
+        assert [text.get_text() for text in ax.texts] == [f"ECE {ece:.3f}"]
+
+
+def test_the_page_shows_areas_and_calibration_errors_in_its_pictures(page):
+    pictures = "".join(re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL))
+    for row in make_findings().sorting["confidence"]:
+        assert f">{row['confidence']} {row['aurc']:.3f}<" in pictures
+        if math.isfinite(row["ece"]):
+            assert f">ECE {row['ece']:.3f}<" in pictures
+
+
+def test_a_score_stands_between_its_standard_errors():
+    rows = [
+        {"task": task, "metric": "acc", "eps": eps, "score": score, "standard_error": error}
+        for task, found in {
+            "a": [(math.nan, 0.8, 0.05), (0.5, 0.3, 0.125), (0.9, 0.7, 0.25)],
+            "b": [(math.nan, 0.5, 0.1), (0.5, 0.4, math.nan), (0.9, 0.6, 0.0625)],
+        }.items()
+        for eps, score, error in found
+    ]
+    (ax,) = drawn("fig2-score", {"score": rows}).axes
+    bars = [collection.get_segments() for collection in ax.collections]
+    ends = [[tuple(segment[:, 1]) for segment in group] for group in bars]
+    expected = [[(0.175, 0.425), (0.45, 0.95)], [(0.75, 0.85)], [(0.4, 0.4), (0.5375, 0.6625)], [(0.4, 0.6)]]
+    assert len(ends) == len(expected)
+    for found, wanted in zip(ends, expected, strict=True):
+        np.testing.assert_allclose(found, wanted)
+
+
+def test_lines_are_told_apart_without_colour():
+    looks = [(look["marker"], str(look["linestyle"])) for look in map(line, range(49))]
+    assert len(set(looks)) == 49
+    for column in zip(*looks[:7], strict=True):
+        assert len(set(column)) == 7
+    rows = [
+        {"heads": "h", "layer": layer, "step": step, "accuracy": 0.1 * layer, "entropy": 1.0}
+        for layer in range(1, 6)
+        for step in (0, 1)
+    ]
+    figure, file = drawn("fig1-training", {"training": rows}), io.StringIO()
+    lines = figure.axes[0].lines
+    assert len({shown.get_marker() for shown in lines}) == len({shown.get_color() for shown in lines}) == 5
+    figure.savefig(file, format="svg")
+    # One of the five is solid.
+    assert len(set(re.findall(r"stroke-dasharray: ([^;\"]+)", file.getvalue()))) >= 4
+
+
+def test_pictures_are_written_twice_and_only_where_there_are_rows(tmp_path):
+    tables = make_sorting("mine", tokens=60)
+    drawn = draw_figures(EVALUATION, tables | {"reliability": []}, tmp_path)
+    assert drawn == {"risk-coverage": tmp_path / "risk-coverage.png"}
+    assert drawn["risk-coverage"].read_bytes().startswith(b"\x89PNG")
+    assert ElementTree.parse(tmp_path / "risk-coverage.svg").getroot().tag.endswith("svg")
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_keyboard_reaches_every_passage(read, result):
@@ -259,6 +387,20 @@ def test_speed_takes_ratios_prompt_by_prompt():
     assert speed.median(OFF) == 40.0
     assert speed.ratio(OFF) == 1.5
     assert speed.ratio(PLAIN, OFF) == pytest.approx(1 / 1.5)
+
+
+def test_speed_has_intervals_over_the_prompts():
+    speed = Speed({PLAIN: [10.0, 20.0, 40.0], OFF: [15.0, 40.0, 40.0]}, True, 8)
+    # With three prompts one is drawn thrice in some of the draws.
+    assert speed.interval(PLAIN) == (10.0, 40.0)
+    assert speed.interval(OFF) == (15.0, 40.0)
+    assert all(map(math.isnan, Speed({PLAIN: [10.0]}, True, 8).interval(PLAIN)))
+    many = Speed({PLAIN: list(np.random.default_rng(0).random(9))}, True, 8)
+    assert many.interval(PLAIN) == replace(many, seed=0).interval(PLAIN)
+    assert len({replace(many, seed=seed).interval(PLAIN) for seed in range(20)}) > 1
+    rows = speed_rows(speed)
+    assert (rows[0]["tokens_per_second_low"], rows[0]["tokens_per_second_high"]) == (10.0, 40.0)
+    assert speed.to_dict()["tokens_per_second_interval"][OFF] == (15.0, 40.0)
 
 
 def test_pieces_of_a_character_wait_for_its_end():

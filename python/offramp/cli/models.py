@@ -78,7 +78,7 @@ def demo(session: Session, *, folder: Path, tokens: int, dtype: str | None, devi
     type=click.Choice(["auto", "float32", "bfloat16"]),
     default="auto",
     show_default=True,
-    help="Of matrix products in training; auto: bfloat16 on a GPU.",
+    help="Of matrix products in training; auto: bfloat16 on GPUs, and on CPUs with AMX or AVX-512 BF16.",
 )
 @click.option(
     "--entropy-weight", type=float, default=0.0, show_default=True, help="The paper's λ, in [0, 1)."

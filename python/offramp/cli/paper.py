@@ -9,7 +9,7 @@ from offramp.cli.pipeline import check_eps_list, open_model
 from offramp.cli.session import Session
 from offramp.evaluation.evaluate import calibration_of
 from offramp.evaluation.paper.config import PaperConfig
-from offramp.evaluation.paper.drawing import CAPTIONS, draw_figures
+from offramp.evaluation.paper.drawing import PAPER, draw_figures
 from offramp.evaluation.paper.stages import make_figures
 from offramp.evaluation.report import render_report
 from offramp.llm.files import write_text
@@ -52,8 +52,8 @@ def figures(
         tables, findings = make_figures(
             model, tokenizer, folder, config, heads=given, say=session.say, progress=progress
         )
-    drawn = draw_figures(tables, folder)
-    gallery = {CAPTIONS[key]: path.with_suffix(".svg").read_text("utf-8") for key, path in drawn.items()}
+    drawn = draw_figures(PAPER, tables, folder)
+    gallery = {PAPER[key].caption: path.with_suffix(".svg").read_text("utf-8") for key, path in drawn.items()}
     report = folder / "report.html"
     write_text(report, render_report(replace(findings, gallery=gallery)))
     for path in (*drawn.values(), report):

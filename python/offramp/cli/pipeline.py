@@ -255,7 +255,8 @@ def evaluate(
     """Read, decode and time prompts with head sets, and show and store what was found."""
     texts = (read_prompts(prompts) or shipped_prompts("held_out"))[:count]
     if output is not None:
-        # Loads matplotlib and jinja2; where one is missing, it is said before the work and not after it.
+        # Load matplotlib and jinja2; where one is missing, it is said before the work and not after it.
+        from offramp.evaluation.paper.drawing import EVALUATION, draw_figures  # noqa: PLC0415
         from offramp.evaluation.report import render_report  # noqa: PLC0415
 
         output.mkdir(parents=True, exist_ok=True)
@@ -267,6 +268,7 @@ def evaluate(
             eps=eps,
             max_new_tokens=max_new_tokens,
             timed=timed,
+            seed=session.seed,
             say=session.say,
             progress=progress,
         )
@@ -286,12 +288,13 @@ def evaluate(
         for name, rows in tables.items():
             write_csv(output / f"{name}.csv", rows)
         write_json(output / "evaluation.json", plain(result))
+        draw_figures(EVALUATION, tables, output)
         facts = {
             "decoding": f"greedy, {len(texts)} prompts, at most {max_new_tokens} tokens each",
             **{f"heads in {name}": describe_training(ee) for name, ee in exits.items()},
         }
         write_text(output / "report.html", render_report(found.findings(facts)))
-        session.show(f"The report, and every number as CSV and JSON: {output}")
+        session.show(f"The report, its diagrams as PNG and SVG, and every number as CSV and JSON: {output}")
     session.result(result)
 
 
@@ -306,6 +309,11 @@ def describe_training(ee: EarlyExitModel) -> str:
 def check_eps_list(eps: tuple[float, ...]) -> None:
     """Refuse a target outside (0, 1) before anything is loaded."""
     for target in eps:
+        if target in (0, 1):
+            raise InputError(
+                f"eps is {target:g}: 0 asks nothing of the heads, and 1 that they never err, which no text can show; "
+                "give targets between the two, such as 0.01,0.99"
+            )
         check_eps(target)
 
 

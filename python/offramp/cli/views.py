@@ -153,11 +153,22 @@ def speed_table(speed: Speed) -> Table:
     """Tabulate tokens a second, every contender on the same prompts."""
     prompts = len(next(iter(speed.tokens_per_second.values())))
     table = _table(
-        f"Speed, batch 1, medians over {prompts} prompts", "", "tokens/s", "× transformers", "95% interval"
+        f"Speed, batch 1, medians over {prompts} prompts",
+        "",
+        "tokens/s",
+        "95% interval",
+        "× transformers",
+        "95% interval",
     )
     for name in speed.tokens_per_second:
-        low, high = speed.ratio_interval(name)
-        table.add_row(name, f"{speed.median(name):.1f}", f"{speed.ratio(name):.2f}", f"{low:.2f}–{high:.2f}")
+        (low, high), (slow, fast) = speed.ratio_interval(name), speed.interval(name)
+        table.add_row(
+            name,
+            f"{speed.median(name):.1f}",
+            f"{slow:.1f}–{fast:.1f}",
+            f"{speed.ratio(name):.2f}",
+            f"{low:.2f}–{high:.2f}",
+        )
     table.caption = (
         "exits off wrote the tokens of plain transformers, every one"
         if speed.same_tokens

@@ -73,12 +73,15 @@ class Decoded:
         The exits, and last the number of layers of the whole model.
     passages : tuple of Passage
         The text.
+    seed : int
+        Seed of the intervals' bootstrap.
     """
 
     eps: float
     thresholds: tuple[float, ...]
     layers: tuple[int, ...]
     passages: tuple[Passage, ...]
+    seed: int = 0
 
     @property
     def tokens(self) -> int:
@@ -117,7 +120,7 @@ class Decoded:
         groups = np.repeat(np.arange(len(self.passages)), [len(passage.tokens) for passage in self.passages])
         tokens = [token for passage in self.passages for token in passage.tokens]
         agrees, depths = (np.array([getattr(t, name) for t in tokens]) for name in ("agrees", "layer"))
-        return Shares.of(groups, agrees, depths, self.layers[-1]).intervals
+        return Shares.of(groups, agrees, depths, self.layers[-1], seed=self.seed).intervals
 
     def summary(self) -> dict[str, Any]:
         """Give the numbers without the text, as plain values for JSON."""
@@ -150,6 +153,7 @@ class Decoded:
                 Passage(passage["prompt"], tuple(_token(token) for token in passage["tokens"]))
                 for passage in stored["passages"]
             ),
+            stored.get("seed", 0),
         )
 
     def _share(self, layers: Sequence[int]) -> float:

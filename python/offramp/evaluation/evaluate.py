@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from offramp import machine
+from offramp.calibration import threshold_curve
 from offramp.decision import decide
 from offramp.errors import InputError
 from offramp.evaluation.decoded import Decoded, decode_prompts, model_inputs
@@ -29,6 +32,8 @@ from offramp.llm.sequences import check_length
 Say = Callable[[str], None]
 Progress = Callable[[str, int, int], None]
 Rows = list[dict[str, Any]]
+
+_POINTS = 200
 
 GRID = (0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.925, 0.95, 0.97, 0.98, 0.99)
 
@@ -51,6 +56,8 @@ class Evaluation:
         The prompts decoded with the first head set, at some ε.
     speed : Speed or None
         Tokens a second with the first head set.
+    seed : int
+        Seed of the intervals' bootstrap.
     machine : dict of str to str
         What it ran on.
     """
@@ -61,17 +68,20 @@ class Evaluation:
     forced: dict[str, list[Point]]
     decoded: tuple[Decoded, ...]
     speed: Speed | None
+    seed: int = 0
     machine: dict[str, str] = field(default_factory=machine.describe)
 
     def tables(self) -> dict[str, Rows]:
         """Everything in numbers, as rows of plain values by the name of their table."""
-        tables: dict[str, Rows] = {"forced": [], "thresholds": [], "confidence": [], "reliability": []}
+        names = ("forced", "thresholds", "confidence", "curves", "reliability")
+        tables: dict[str, Rows] = {name: [] for name in names}
         for name, reading in self.readings.items():
             tables["forced"] += [forced_row(name, point) for point in self.forced[name]]
             for point in self.forced[name]:
                 tables["thresholds"] += threshold_rows(name, point)
-            tables["confidence"] += confidence_rows(name, reading)
-            tables["reliability"] += _reliability_rows(name, reading)
+            tables["confidence"] += confidence_rows(name, reading, seed=self.seed)
+            tables["curves"] += curve_rows(name, reading)
+            tables["reliability"] += reliability_rows(name, reading)
         tables["decoded"] = [decoded_row(item) for item in self.decoded]
         tables["speed"] = speed_rows(self.speed) if self.speed is not None else []
         return tables
@@ -79,6 +89,7 @@ class Evaluation:
     def findings(self, facts: Mapping[str, str] | None = None) -> Findings:
         """Give what a report is made of, with the text of the ε nearest to the first head set's own."""
         name, calibration = next(iter(self.calibrations.items()))
+        tables = self.tables()
         shown = min(self.decoded, key=lambda item: abs(item.eps - calibration.eps), default=None)
         return Findings(
             self.model,
@@ -87,7 +98,7 @@ class Evaluation:
             shown,
             self.speed,
             self.forced[name],
-            self.tables()["confidence"],
+            {name: tables[name] for name in ("confidence", "curves", "reliability")},
             facts=facts or {},
             machine=self.machine,
         )
@@ -101,6 +112,7 @@ def evaluate(
     eps: Sequence[float] = (0.8, 0.9, 0.95),
     max_new_tokens: int = 48,
     timed: int = 5,
+    seed: int = 0,
     say: Say = lambda _: None,
     progress: Progress | None = None,
 ) -> Evaluation:
@@ -121,6 +133,8 @@ def evaluate(
         Tokens to generate for each prompt at most.
     timed : int
         How many prompts to decode one at a time against the clock.
+    seed : int
+        Seed of the intervals' bootstrap.
     say, progress : callable
         Told in a sentence what comes next; called as ``progress(stage, done, total)``.
 
@@ -144,12 +158,13 @@ def evaluate(
     forced = {}
     for name, ee in exits.items():
         costs = measure_costs(ee.trunk, ee.heads_in_use, lambda logits: decide(logits, 0.5))
-        forced[name] = sweep(readings[name], calibrations[name], grid, costs=costs)
+        forced[name] = sweep(readings[name], calibrations[name], grid, costs=costs, seed=seed)
     decoded: list[Decoded] = []
     if eps:
         say("Decoding the prompts with exits, and checking every token against the full model")
     for number, target in enumerate(eps):
-        decoded.append(decode_prompts(first, prompts, eps=target, max_new_tokens=max_new_tokens))
+        found = decode_prompts(first, prompts, eps=target, max_new_tokens=max_new_tokens)
+        decoded.append(replace(found, seed=seed))
         if progress is not None:
             progress("decoding", number + 1, len(eps))
     speed = None
@@ -158,7 +173,8 @@ def evaluate(
         speed = measure_speed(
             first, prompts[:timed], eps=eps, max_new_tokens=max_new_tokens, progress=progress
         )
-    return Evaluation(name_of(first.model), calibrations, readings, forced, tuple(decoded), speed)
+        speed = replace(speed, seed=seed)
+    return Evaluation(name_of(first.model), calibrations, readings, forced, tuple(decoded), speed, seed)
 
 
 def calibration_of(name: str, ee: EarlyExitModel) -> Calibration:
@@ -212,12 +228,12 @@ def threshold_rows(name: str, point: Point) -> Rows:
     ]
 
 
-def confidence_rows(name: str, reading: Reading) -> Rows:
+def confidence_rows(name: str, reading: Reading, *, seed: int = 0) -> Rows:
     """Areas under the risk-coverage curve of every head and confidence, and the calibration error."""
     eces = [item.ece for item in reading.reliability()]
     rows = []
     for confidence in CONFIDENCES:
-        bounds = reading.area_intervals(confidence)
+        bounds = reading.area_intervals(confidence, seed=seed)
         for index, found in enumerate(reading.areas(confidence)):
             rows.append(
                 {
@@ -237,7 +253,8 @@ def confidence_rows(name: str, reading: Reading) -> Rows:
     return rows
 
 
-def _reliability_rows(name: str, reading: Reading) -> Rows:
+def reliability_rows(name: str, reading: Reading) -> Rows:
+    """How often every head is right beside its largest probability, in bins."""
     return [
         {
             "heads": name,
@@ -251,6 +268,21 @@ def _reliability_rows(name: str, reading: Reading) -> Rows:
         for layer, found in zip(reading.layers, reading.reliability(), strict=True)
         for place in range(BINS)
     ]
+
+
+def curve_rows(name: str, reading: Reading) -> Rows:
+    """Risk against coverage of every head and confidence, thinned to at most 200 points a curve."""
+    rows: Rows = []
+    for index, layer in enumerate(reading.layers):
+        for confidence in CONFIDENCES:
+            curve = threshold_curve(reading.confidence[confidence][index], reading.correct[index])
+            kept = np.unique(np.linspace(0, len(curve) - 1, _POINTS).round().astype(int))
+            points = zip(curve.coverage[kept].tolist(), (1 - curve.accuracy[kept]).tolist(), strict=True)
+            rows += [
+                {"heads": name, "layer": layer, "confidence": confidence, "coverage": coverage, "risk": risk}
+                for coverage, risk in points
+            ]
+    return rows
 
 
 def decoded_row(item: Decoded) -> dict[str, Any]:
@@ -269,6 +301,7 @@ def speed_rows(speed: Speed) -> Rows:
     rows = []
     for name, values in speed.tokens_per_second.items():
         row: dict[str, Any] = {"contender": name, "tokens_per_second": speed.median(name)}
+        row["tokens_per_second_low"], row["tokens_per_second_high"] = speed.interval(name)
         for column, other in (("ratio", PLAIN), ("ratio_off", OFF)):
             row[column] = speed.ratio(name, other)
             row[f"{column}_low"], row[f"{column}_high"] = speed.ratio_interval(name, other)

@@ -16,6 +16,8 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from offramp.evaluation.palette import COLOURS, line
+from offramp.evaluation.paper.drawing import EVALUATION, WHOLE
 from offramp.evaluation.speed import PLAIN
 
 if TYPE_CHECKING:
@@ -24,7 +26,9 @@ if TYPE_CHECKING:
 # Matplotlib draws in these; afterwards each becomes a colour of the page, which knows light from dark.
 _TEXT = "#010203"
 _WHOLE = "#010204"
-_PAGE_COLOURS = {_TEXT: "currentColor", _WHOLE: "var(--whole)"}
+_PAGE_COLOURS = {_TEXT: "currentColor", _WHOLE: "var(--whole)", WHOLE.lower(): "var(--whole)"} | {
+    colour.lower(): f"var(--line{place})" for place, colour in enumerate(COLOURS)
+}
 _STYLE: Any = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -38,6 +42,7 @@ _STYLE: Any = {
     "axes.spines.right": False,
     "axes.linewidth": 0.8,
     "legend.frameon": False,
+    "legend.fontsize": 10.5,
     "grid.color": _TEXT,
     "grid.alpha": 0.15,
 }
@@ -51,7 +56,20 @@ def draw_all(result: Findings) -> dict[str, str]:
     if result.speed is not None:
         pictures["speed"] = _speed
     pictures["curves"] = _curves
-    return {name: _svg(name, partial(draw, result=result)) for name, draw in pictures.items()}
+    return {name: _svg(name, partial(_alone, draw, result)) for name, draw in pictures.items()}
+
+
+def draw_sorting(result: Findings) -> dict[str, str]:
+    """Draw how well each confidence sorts: SVG elements by caption, for what the findings have the rows of."""
+    return {
+        picture.caption: _svg(name, partial(picture.drawn_from, result.sorting))
+        for name, picture in EVALUATION.items()
+        if all(result.sorting.get(table) for table in picture.tables)
+    }
+
+
+def _alone(draw: Callable[..., None], result: Findings, figure: Figure) -> None:
+    draw(figure.add_subplot(), result=result)
 
 
 def _agreement(ax: Any, result: Findings) -> None:
@@ -82,7 +100,7 @@ def _agreement(ax: Any, result: Findings) -> None:
     ax.set(xlabel="target accuracy ε", ylabel="agree with the full model", xticks=targets)
     ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     ax.grid(axis="y")
-    ax.legend(loc="lower right", fontsize=10.5)
+    ax.legend(loc="lower right")
 
 
 def _exits(ax: Any, result: Findings) -> None:
@@ -100,7 +118,7 @@ def _exits(ax: Any, result: Findings) -> None:
     ax.invert_yaxis()
     ax.set(xlabel="emitted tokens", xlim=(0, 1))
     ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, fontsize=10.5)
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
 
 
 def _speed(ax: Any, result: Findings) -> None:
@@ -119,27 +137,29 @@ def _curves(ax: Any, result: Findings) -> None:
     calibration = result.calibration
     heads = zip(calibration.layers, calibration.curves, calibration.alone, strict=True)
     for index, (layer, curve, (place, accuracy)) in enumerate(heads):
-        colour = _mark(index)
-        ax.step(curve.coverage, curve.accuracy, where="pre", color=colour, label=f"after layer {layer}")
+        look = line(index) | {"color": _mark(index)}
+        # The legend shows the marker too; on the curve it stands at the threshold.
+        ax.plot([], [], label=f"after layer {layer}", **look)
+        ax.step(curve.coverage, curve.accuracy, where="pre", **look | {"marker": None})
         if place:
-            ax.plot([place], [accuracy], "o", color=colour)
+            ax.plot([place], [accuracy], **look)
     ax.axhline(calibration.eps, color=_TEXT, alpha=0.4, linewidth=1, linestyle="--")
     ax.set(xlabel="share of tokens the head would take", ylabel="agree with the full model", xlim=(0, 1))
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_formatter(PercentFormatter(1, decimals=0))
     ax.grid(axis="y")
-    ax.legend(loc="lower left", fontsize=10.5)
+    ax.legend(loc="lower left")
 
 
 def _finite(value: float) -> float:
     return value if math.isfinite(value) else 0.0
 
 
-def _svg(name: str, draw: Callable[[Any], None]) -> str:
+def _svg(name: str, draw: Callable[[Figure], None]) -> str:
     # The salt keeps the ids of pictures on one page apart, and the same from run to run.
     with mpl.rc_context({**_STYLE, "svg.hashsalt": name}):
         figure = Figure(figsize=(4.8, 3.3), layout="constrained")
-        draw(figure.add_subplot())
+        draw(figure)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = re.sub(r"<metadata>.*?</metadata>", "", buffer.getvalue(), flags=re.DOTALL)

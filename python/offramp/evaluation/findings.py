@@ -31,8 +31,8 @@ class Findings:
         Tokens a second.
     forced : sequence of Point
         What any ε would do, from one teacher-forced pass.
-    confidence : sequence of rows
-        Areas and calibration error of every head and confidence, from `Evaluation.tables`.
+    sorting : mapping of str to rows
+        How well each confidence sorts: ``confidence``, ``curves`` and ``reliability`` of `Evaluation.tables`.
     gallery : mapping of str to str
         Further pictures: SVG text by caption.
     facts : mapping of str to str
@@ -47,7 +47,7 @@ class Findings:
     shown: Decoded | None = None
     speed: Speed | None = None
     forced: Sequence[Point] = ()
-    confidence: Sequence[Mapping[str, Any]] = ()
+    sorting: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     gallery: Mapping[str, str] = field(default_factory=dict)
     facts: Mapping[str, str] = field(default_factory=dict)
     machine: Mapping[str, str] = field(default_factory=machine.describe)

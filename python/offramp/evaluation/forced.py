@@ -83,7 +83,7 @@ class Reading:
         pairs = zip(self.confidence[confidence], self.correct, strict=True)
         return tuple(areas(scores, correct) for scores, correct in pairs)
 
-    def area_intervals(self, confidence: str, *, resamples: int = 200) -> NDArray[np.float64]:
+    def area_intervals(self, confidence: str, *, resamples: int = 200, seed: int = 0) -> NDArray[np.float64]:
         """Bootstrap intervals of the AURC of every head over the sequences, (K, 2)."""
         scores, correct = self.confidence[confidence], self.correct
 
@@ -91,7 +91,7 @@ class Reading:
             pairs = zip(scores[:, picked], correct[:, picked], strict=True)
             return np.array([areas(one, right).aurc for one, right in pairs])
 
-        found: NDArray[np.float64] = interval(self.groups, aurc, resamples=resamples)
+        found: NDArray[np.float64] = interval(self.groups, aurc, resamples=resamples, seed=seed)
         return found
 
     def reliability(self) -> tuple[Reliability, ...]:
@@ -223,6 +223,7 @@ def sweep(
     mode: str | None = None,
     delta: float | None = None,
     costs: Costs | None = None,
+    seed: int = 0,
 ) -> list[Point]:
     """Take the calibration's thresholds at every ε of a grid through text that was read.
 
@@ -238,6 +239,8 @@ def sweep(
         Take the thresholds of another mode of `offramp.calibrate_cascade` than the calibration's, certified or not.
     costs : Costs, optional
         From ``EarlyExitModel.plan``; with them time is predicted.
+    seed : int
+        Seed of the intervals' bootstrap.
     """
     scores = reading.scores()
     replay = Replay(costs, scores, reading.layers, reading.num_layers) if costs is not None else None
@@ -257,7 +260,7 @@ def sweep(
                 thresholds,
                 {int(layer): int((depths[at] == layer).sum()) for layer in depths},
                 tuple(float(found.mean()) if len(found) else float("nan") for found in there),
-                Shares.of(scores.groups, agrees, depths[at], reading.num_layers),
+                Shares.of(scores.groups, agrees, depths[at], reading.num_layers, seed=seed),
                 replay.exit(thresholds) if replay is not None else float("nan"),
                 cascade.guarantees,
             )

@@ -11,9 +11,9 @@ import math
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from offramp.evaluation.decoded import Token
-from offramp.evaluation.figures import draw_all
+from offramp.evaluation.figures import draw_all, draw_sorting
 from offramp.evaluation.findings import Findings
-from offramp.evaluation.palette import backgrounds, marks
+from offramp.evaluation.palette import COLOURS, backgrounds, marks
 from offramp.evaluation.speed import OFF, PLAIN, exits_at
 
 
@@ -34,6 +34,7 @@ def render_report(found: Findings) -> str:
     environment.filters |= {
         "percent": lambda value: f"{value:.1%}" if math.isfinite(value) else "–",
         "between": lambda bounds: f"{bounds[0]:.1%}–{bounds[1]:.1%}" if math.isfinite(bounds[0]) else "–",
+        "rate": lambda bounds: f"{bounds[0]:.1f}–{bounds[1]:.1f}" if math.isfinite(bounds[0]) else "–",
         "number": lambda value: f"{value:.4f}" if math.isfinite(value) else "–",
         "threshold": lambda value: f"{value:.6f}" if math.isfinite(value) else "never exits",
         "classes": lambda token: _classes(token, layers),
@@ -55,6 +56,8 @@ def render_report(found: Findings) -> str:
             )
         ),
         figures=draw_all(found),
+        sorting=draw_sorting(found),
+        lines=COLOURS,
         colours={
             dark: (backgrounds(len(layers), dark=dark), marks(len(layers), dark=dark))
             for dark in (False, True)

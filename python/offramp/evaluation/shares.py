@@ -41,9 +41,18 @@ class Shares:
 
     @classmethod
     def of(
-        cls, groups: NDArray[np.int64], agrees: NDArray[np.bool_], depths: NDArray[np.int64], whole: int
+        cls,
+        groups: NDArray[np.int64],
+        agrees: NDArray[np.bool_],
+        depths: NDArray[np.int64],
+        whole: int,
+        *,
+        seed: int = 0,
     ) -> Shares:
-        """Count tokens by their prompt, whether they agree, and the layer they leave after, each (N,)."""
+        """Count tokens by their prompt, whether they agree, and the layer they leave after, each (N,).
+
+        The seed is that of the bootstrap.
+        """
         early = depths < whole
 
         def count(picked: NDArray[np.int64] | slice) -> NDArray[np.float64]:
@@ -51,7 +60,7 @@ class Shares:
             among_early = agrees[picked][left].mean() if left.any() else np.nan
             return np.array([agrees[picked].mean(), among_early, left.mean(), depths[picked].mean()])
 
-        bounds = interval(groups, count).tolist()
+        bounds = interval(groups, count, seed=seed).tolist()
         intervals = {name: (low, high) for name, (low, high) in zip(NAMES, bounds, strict=True)}
         agreement, early_agreement, share, mean_layers = count(slice(None)).tolist()
         return cls(agreement, early_agreement, share, mean_layers, intervals)

@@ -10,6 +10,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from offramp.evaluation.decoded import model_inputs
 from offramp.evaluation.metrics import interval
@@ -34,15 +35,22 @@ class Speed:
         Whether exits off wrote token for token what plain transformers wrote.
     max_new_tokens : int
         Tokens asked for.
+    seed : int
+        Seed of the intervals' bootstrap.
     """
 
     tokens_per_second: dict[str, list[float]]
     same_tokens: bool
     max_new_tokens: int
+    seed: int = 0
 
     def median(self, name: str) -> float:
         """Median tokens a second of a contender."""
         return median(self.tokens_per_second[name])
+
+    def interval(self, name: str) -> tuple[float, float]:
+        """95% bootstrap interval of `median` over the prompts; NaN with a single prompt."""
+        return self._median_interval(np.array(self.tokens_per_second[name]))
 
     def ratio(self, name: str, to: str = PLAIN) -> float:
         """Median over the prompts of a contender's speed divided by another's on the same prompt."""
@@ -51,14 +59,20 @@ class Speed:
 
     def ratio_interval(self, name: str, to: str = PLAIN) -> tuple[float, float]:
         """95% bootstrap interval of `ratio` over the prompts; NaN with a single prompt."""
-        ratios = np.array(self.tokens_per_second[name]) / np.array(self.tokens_per_second[to])
-        low, high = interval(np.arange(len(ratios)), lambda picked: np.median(ratios[picked]))
+        return self._median_interval(
+            np.array(self.tokens_per_second[name]) / np.array(self.tokens_per_second[to])
+        )
+
+    def _median_interval(self, values: NDArray[np.float64]) -> tuple[float, float]:
+        """95% bootstrap interval of the median of one value a prompt."""
+        low, high = interval(np.arange(len(values)), lambda picked: np.median(values[picked]), seed=self.seed)
         return low, high
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return {
             "tokens_per_second": {name: self.median(name) for name in self.tokens_per_second},
+            "tokens_per_second_interval": {name: self.interval(name) for name in self.tokens_per_second},
             "ratio_to_transformers": {name: self.ratio(name) for name in self.tokens_per_second},
             "ratio_interval": {name: self.ratio_interval(name) for name in self.tokens_per_second},
             "prompts": len(self.tokens_per_second[PLAIN]),

@@ -1,4 +1,4 @@
-"""Tables of what was read: paired differences between confidences, curves, and the two rules for ties."""
+"""Tables of what was read: paired differences between confidences, and the two rules for ties."""
 
 from __future__ import annotations
 
@@ -9,13 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from offramp.calibration import fast_calibrate, threshold_curve
+from offramp.calibration import fast_calibrate
 from offramp.evaluation.evaluate import Rows
-from offramp.evaluation.forced import CONFIDENCES, Reading
+from offramp.evaluation.forced import Reading
 from offramp.evaluation.metrics import areas, interval
 from offramp.llm.calibrating import Measured
-
-_POINTS = 200
 
 Side = tuple[str, str]
 """A head set and one of its confidences."""
@@ -52,21 +50,6 @@ def _differences(readings: Mapping[str, Reading], one: Side, other: Side) -> Row
             row[name] = float(values[index, column])
             row[f"{name}_low"], row[f"{name}_high"] = bounds[index, column].tolist()
         rows.append(row)
-    return rows
-
-
-def curve_rows(name: str, reading: Reading) -> Rows:
-    """Risk against coverage of every head and confidence, thinned to at most 200 points a curve."""
-    rows: Rows = []
-    for index, layer in enumerate(reading.layers):
-        for confidence in CONFIDENCES:
-            curve = threshold_curve(reading.confidence[confidence][index], reading.correct[index])
-            kept = np.unique(np.linspace(0, len(curve) - 1, _POINTS).round().astype(int))
-            points = zip(curve.coverage[kept].tolist(), (1 - curve.accuracy[kept]).tolist(), strict=True)
-            rows += [
-                {"heads": name, "layer": layer, "confidence": confidence, "coverage": coverage, "risk": risk}
-                for coverage, risk in points
-            ]
     return rows
 
 

@@ -27,6 +27,7 @@ from offramp.evaluation.evaluate import (
     Say,
     calibration_of,
     confidence_rows,
+    curve_rows,
     decoded_row,
     forced_row,
     name_of,
@@ -35,9 +36,11 @@ from offramp.evaluation.evaluate import (
 from offramp.evaluation.findings import Findings
 from offramp.evaluation.forced import CONFIDENCES, Reading, read, sweep
 from offramp.evaluation.metrics import areas
-from offramp.evaluation.paper.comparing import curve_rows, difference_rows, tie_rows
+from offramp.evaluation.paper import memory
+from offramp.evaluation.paper.comparing import difference_rows, tie_rows
 from offramp.evaluation.paper.config import PaperConfig
 from offramp.evaluation.paper.heads import SETTINGS, HeadSets, describe_heads
+from offramp.evaluation.paper.memory import Remembered
 from offramp.evaluation.speed import exits_at, measure_speed
 from offramp.evaluation.tables import read_csv, write_csv
 from offramp.llm.files import read_json, write_json
@@ -159,11 +162,12 @@ def exits(work: Work) -> Rows:
 
 
 def score(work: Work) -> Rows:
-    """Fig. 2: benchmark scores; one pass over the layers serves every ε."""
+    """Fig. 2: benchmark scores; one pass over the layers serves every ε, as far as its states fit the budget."""
     from offramp.evaluation.harness import OfframpLM, task_scores  # noqa: PLC0415 - an extra
 
     config, heads = work.config, describe_heads(work.main)
     model = OfframpLM(work.main, mode="off", batch_size=8, remember=True)
+    model._known = remembered = Remembered(memory.BUDGET)
     settings: list[dict[str, Any]] = [{"mode": "off"}, *({"eps": eps} for eps in config.grid)]
     rows: Rows = []
     for number, setting in enumerate(settings):
@@ -171,6 +175,11 @@ def score(work: Work) -> Rows:
         # The harness's bars and notes would come anew for every ε; what goes wrong is raised.
         with contextlib.redirect_stderr(io.StringIO()):
             scores = list(task_scores(model, config.tasks, limit=config.documents))
+        if remembered.full and not number:
+            work.say(
+                f"The benchmarks' hidden states take more than {memory.BUDGET / 2**30:.1f} GiB: "
+                "the rest are computed anew at every ε, which takes longer"
+            )
         for task, metric, value, error in scores:
             found = {"eps": setting.get("eps", math.nan), "score": value, "standard_error": error}
             rows.append({"heads": heads, "task": task, "metric": metric, **found})
@@ -261,7 +270,7 @@ def make_figures(
     work = Work(
         folder, config, HeadSets(model, tokenizer, folder, config, say, progress), heads, say, progress
     )
-    write_json(folder / "settings.json", {**asdict(config), "machine": machine.describe()})
+    write_json(folder / "settings.json", asdict(config))
     wanted = [stage for stage in STAGES if stage != "score" or config.tasks]
     tables = {stage: _rows(work, stage) for stage in wanted}
     return tables, _findings(work, tables)
@@ -270,17 +279,41 @@ def make_figures(
 def _rows(work: Work, stage: str) -> Rows:
     """Read a stage's numbers, measuring them first where they are missing or of other settings."""
     measure, settings = STAGES[stage]
-    path, record = work.folder / f"{stage}.csv", work.folder / _RECORD
-    done = read_json(record) if record.exists() else {}
+    path = work.folder / f"{stage}.csv"
+    done = _record(work)
     identity = _identity(work, stage, settings)
     if path.exists() and done.get(stage, {}).get("identity") == identity:
         work.say(f"Using {path}")
     else:
         start = time.monotonic()
         write_csv(path, measure(work))
-        done[stage] = {"identity": identity, "seconds": round(time.monotonic() - start, 1)}
-        write_json(record, done)
+        done[stage] = {
+            "identity": identity,
+            "seconds": round(time.monotonic() - start, 1),
+            "machine": machine.describe(),
+        }
+        write_json(work.folder / _RECORD, done)
     return read_csv(path)
+
+
+def _record(work: Work) -> dict[str, Any]:
+    """Read what is known of the stages that were measured: identity, seconds, machine."""
+    record = work.folder / _RECORD
+    return read_json(record) if record.exists() else {}
+
+
+def _machines(stages: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Say what the stages were measured on; where they differ, which on what."""
+    machines = {stage: done.get("machine", {}) for stage, done in stages.items()}
+    found = {}
+    for name in dict.fromkeys(name for described in machines.values() for name in described):
+        places: dict[str, list[str]] = {}
+        for stage, described in machines.items():
+            places.setdefault(described.get(name, "not recorded"), []).append(stage)
+        found[name] = "; ".join(
+            value if len(places) == 1 else f"{value} ({', '.join(there)})" for value, there in places.items()
+        )
+    return found
 
 
 def _identity(work: Work, stage: str, settings: tuple[str, ...]) -> str:
@@ -302,10 +335,11 @@ def _findings(work: Work, tables: Mapping[str, Rows]) -> Findings:
         calibration,
         decoded,
         min(decoded, key=lambda item: abs(item.eps - calibration.eps)),
-        confidence=tables["confidence"],
+        sorting={"confidence": tables["confidence"]},
         facts={
             "heads of Figs. 2 to 4 and of the text": describe_heads(ee),
             "linear heads": f"trained {config.epochs} times on {config.tokens:,} tokens, seed {config.seed}",
             "decoding": f"greedy, {config.prompts} prompts, at most {config.max_new_tokens} tokens each",
         },
+        machine=_machines({stage: done for stage, done in _record(work).items() if stage in tables}),
     )
