@@ -31,11 +31,14 @@ def options(rng, heads, size):
     yield {"costs": costs}
     yield {"delta": 0.2, "seed": 4}
     yield {"delta": 0.2, "groups": groups}
+    yield {"delta": 0.2, "groups": groups, "max_group_size": size + 3}
     yield {"mode": "budget", "costs": costs}
     yield {"mode": "budget", "costs": rng.permutation(costs), "budget": 0.05}
     if size < 50:
         yield {"mode": "budget", "costs": costs, "delta": 0.3, "budget": 0.3}
-        yield {"mode": "budget", "costs": costs, "delta": 0.3, "budget": 0.3, "groups": groups}
+        certified = {"mode": "budget", "costs": costs, "delta": 0.3, "budget": 0.3, "groups": groups}
+        yield certified
+        yield certified | {"max_group_size": size + 3}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -68,7 +71,9 @@ def test_agrees_with_the_reference_where_scores_are_counted_in_buckets(dtype):
     scores, correct = heads_like(rng, 3, 50_000, dtype)
     assert assert_same(scores, correct, 0.9).found
     assert assert_same(scores, correct, 0.9, delta=0.1).found
-    assert assert_same(scores, correct, 0.9, delta=0.1, groups=np.arange(50_000) // 10).found
+    grouped = {"delta": 0.1, "groups": np.arange(50_000) // 10}
+    assert assert_same(scores, correct, 0.9, **grouped).found
+    assert assert_same(scores, correct, 0.9, **grouped, max_group_size=20).found
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -292,6 +297,20 @@ def test_certified_budgets_heed_groups():
     assert budget_misses(delta=DELTA, group=8, runs=runs)[0] > most
 
 
+@pytest.mark.parametrize("mode", ["sequential", "budget"])
+def test_a_known_largest_group_costs_power_only(mode):
+    rng = np.random.default_rng(11)
+    scores = rng.random((1, 15_000))
+    correct = rng.random(scores.shape) < 0.5 + 0.6 * scores
+    asked = {"mode": mode, "costs": [1, 2], "delta": DELTA, "groups": np.repeat(np.arange(1500), 10)}
+    known = (None, 10, 80, 10_000)
+    found = [assert_same(scores, correct, 0.8, **asked, max_group_size=most) for most in known]
+    taus = [float(cascade.thresholds[0]) for cascade in found]
+    assert taus[0] == taus[1] < taus[2] < taus[3] == math.inf
+    assert "no group can have more than 10 samples, the most one has here;" in found[0].assumptions
+    assert "no group can have more than 10 samples;" in found[1].assumptions
+
+
 def test_the_harness_catches_budgets_without_a_promise():
     assert budget_misses()[0] > 3 * MOST
 
@@ -308,6 +327,11 @@ def test_the_harness_catches_budgets_without_a_promise():
         ({"groups": [1, 2, 3]}, "give delta as well"),
         ({"delta": 0.1, "mode": "marginal"}, "delta goes with mode"),
         ({"delta": 0.1, "groups": [1, 2]}, "groups has shape"),
+        ({"max_group_size": 5}, "give delta and groups as well"),
+        ({"groups": [1, 1, 3], "max_group_size": 5}, "give delta and groups as well"),
+        ({"delta": 0.1, "max_group_size": 5}, "give delta and groups as well"),
+        ({"delta": 0.1, "groups": [1, 1, 3], "max_group_size": 1}, "max_group_size is 1: .* of at least 2"),
+        ({"delta": 0.1, "groups": [1, 1, 3], "max_group_size": 2.5}, "max_group_size is 2.5"),
         ({"eps": math.nan}, "eps must lie in"),
         ({"scores": [0.1, 0.2, 0.3], "correct": [1, 1, 0]}, r"give \(K, N\)"),
         ({"scores": [[0.1, 0.2, 0.3], [0.1, math.inf, 0.3]]}, r"scores\[1, 1\] is inf"),

@@ -13,11 +13,41 @@ from offramp import _core
 HERE = Path(__file__).parent
 
 
+OTHERS = [isa for isa in _core.instruction_sets() if isa != _core.instruction_set()]
+
+
+def environment(isa):
+    return {**os.environ, "OFFRAMP_ISA": isa, "OMP_NUM_THREADS": "1"}
+
+
 def run(*command, isa):
-    environment = {**os.environ, "OFFRAMP_ISA": isa, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, *command], env=environment, capture_output=True, text=True, check=False, cwd=HERE
+        [sys.executable, *command],
+        env=environment(isa),
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=HERE,
     )
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory):
+    """The tests under each of the others, all at the same time, and where they write."""
+    folder = tmp_path_factory.mktemp("isa")
+    files = [*sorted(HERE.glob("test_decision*.py")), HERE / "test_calibration_paths.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, files)]
+    started = {}
+    for isa in OTHERS:
+        with (folder / isa).open("w") as output:
+            process = subprocess.Popen(
+                command, env=environment(isa), stdout=output, stderr=subprocess.STDOUT, cwd=HERE
+            )
+        started[isa] = (process, folder / isa)
+    yield started
+    for process, _ in started.values():
+        process.kill()
+        process.wait()
 
 
 def test_the_last_is_chosen_unless_the_environment_names_another():
@@ -26,15 +56,16 @@ def test_the_last_is_chosen_unless_the_environment_names_another():
     assert _core.instruction_sets()[0] == "portable"
 
 
-@pytest.mark.parametrize("isa", [isa for isa in _core.instruction_sets() if isa != _core.instruction_set()])
-def test_the_others_pass_the_same_tests(isa):
+@pytest.mark.parametrize("isa", OTHERS)
+def test_the_others_pass_the_same_tests(isa, running):
     chosen = run("-c", "from offramp import _core; print(_core.instruction_set())", isa=isa)
     assert chosen.stdout.strip() == isa
-    files = [*sorted(HERE.glob("test_decision*.py")), HERE / "test_calibration_paths.py"]
-    tests = run("-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, files), isa=isa)
-    assert tests.returncode == 0, tests.stdout + tests.stderr
-    assert " passed" in tests.stdout
-    assert "failed" not in tests.stdout
+    process, output = running[isa]
+    process.wait()
+    written = output.read_text()
+    assert process.returncode == 0, written
+    assert " passed" in written
+    assert "failed" not in written
 
 
 def test_an_unknown_one_is_refused():

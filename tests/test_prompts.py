@@ -16,7 +16,7 @@ SPLITS = ("training", "calibration", "held_out")
 KINDS = tomllib.loads(files("offramp.llm").joinpath("prompts.toml").read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize(("split", "least"), [("training", 1500), ("calibration", 300), ("held_out", 100)])
+@pytest.mark.parametrize(("split", "least"), [("training", 16_000), ("calibration", 300), ("held_out", 100)])
 def test_enough_prompts_and_none_twice(split, least):
     found = prompts(split)
     assert len(found) >= least

@@ -29,6 +29,7 @@ def calibrate_cascade(
     budget: Any = None,
     delta: float | None = None,
     groups: Any = None,
+    max_group_size: SupportsIndex | None = None,
     seed: int = 0,
     threads: SupportsIndex | None = None,
 ) -> Cascade:
@@ -54,6 +55,9 @@ def calibrate_cascade(
     groups : array_like, shape (N,), optional
         With ``delta``: an id for each sample, for samples that are alike within their groups, as the tokens of one
         sequence are.  Groups are then split whole and tests bet on one after the other.
+    max_group_size : int, optional
+        With ``groups``: the most samples a group can have, known before the data were, as for `offramp.certify`.  By
+        default the largest group here; then the promise holds if no group can be larger.
     seed : int
         Seed of the split.
     threads : int, optional
@@ -86,7 +90,16 @@ def calibrate_cascade(
         raise InputError(f"scores has shape {values.shape}: give (K, N), a row for each of K heads")
     heads, samples = values.shape
     question = ask_cascade(
-        heads, samples, eps, mode=mode, costs=costs, budget=budget, delta=delta, groups=groups, seed=seed
+        heads,
+        samples,
+        eps,
+        mode=mode,
+        costs=costs,
+        budget=budget,
+        delta=delta,
+        groups=groups,
+        max_group_size=max_group_size,
+        seed=seed,
     )
     thresholds, accepted, right, counted = _core.calibrate_cascade(
         values.reshape(-1),

@@ -232,6 +232,7 @@ def ask_cascade(
     budget: Any,
     delta: Any,
     groups: Any,
+    max_group_size: Any,
     seed: Any,
 ) -> CascadeQuestion:
     """Read the arguments of ``calibrate_cascade`` for (heads, samples).
@@ -257,6 +258,10 @@ def ask_cascade(
         if not single:
             raise InputError(f"budget has shape ({len(shares)},): give one number")
         share = float(shares[0])
+    if max_group_size is not None and (delta is None or groups is None):
+        raise InputError(
+            "max_group_size is for certificates on groups: give delta and groups as well, or leave it out"
+        )
     if delta is None:
         if groups is not None:
             raise InputError("groups matter to certificates only: give delta as well, or leave them out")
@@ -266,9 +271,9 @@ def ask_cascade(
             "delta goes with mode 'sequential' or 'budget': marginal thresholds hold for heads alone"
         )
     level = as_level(delta)
-    known_groups = None if groups is None else as_groups(groups, samples)
+    known_groups = None if groups is None else as_groups(groups, samples, max_group_size)
     certified = _CERTIFIED[mode].format(eps=target, budget=share)
-    drawn = _INDEPENDENT if known_groups is None else _in_groups(known_groups, None)
+    drawn = _INDEPENDENT if known_groups is None else _in_groups(known_groups, max_group_size)
     return CascadeQuestion(
         target,
         share,

@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -42,9 +44,20 @@ def train(folder: Path, progress=None, processes=None) -> Trainer:
     return trainer
 
 
+def disagree(trainer):
+    """Metrics of a process in which every head agrees more from time to time."""
+    return [replace(item, accuracy=trainer.step / 1e6) for item in WATCH(trainer)]
+
+
+WATCH = Trainer.watch
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     mine = Processes()
+    if "DISAGREE" in os.environ:
+        Trainer.watch = disagree
     done = train(Path(sys.argv[1]), lambda stage, at, _total: print(stage, at, flush=True), mine)
+    heads = b"".join(tensor.numpy().tobytes() for tensor in done.heads.own_state().values())
+    print("heads", hashlib.sha256(heads).hexdigest(), flush=True)
     if mine.first:
         print("history", json.dumps([asdict(item) for item in done.history]), flush=True)

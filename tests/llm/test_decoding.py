@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import numpy as np
@@ -11,7 +12,13 @@ from offramp import EarlyExitModel, InputError, top2_margin
 from offramp.llm.cache import GrowingCache, cache_argument
 from offramp.llm.decoding import Exit, Rollout
 from offramp.llm.sequences import TokenSequence
-from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
+from transformers import (
+    CompileConfig,
+    GenerationConfig,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextStreamer,
+)
 from transformers.cache_utils import DynamicCache
 
 NEW = 40
@@ -153,6 +160,27 @@ def test_a_batch_gives_what_its_rows_give_alone(trained, thresholds, prompts):
         assert torch.equal(single.exit_layers[0], together.exit_layers[row, :new])
 
 
+def test_rows_that_end_at_different_steps_give_what_they_give_alone(trained, thresholds, prompts):
+    ids, mask = prompts
+    settings = {"max_new_tokens": NEW, "thresholds": thresholds, "return_dict_in_generate": True}
+    text = trained.generate(ids, attention_mask=mask, **settings).sequences
+    ends = text[:, 12:30:5].flatten().unique().tolist()
+    together = trained.generate(ids, attention_mask=mask, eos_token_id=ends, **settings)
+    lengths, depths = set(), set()
+    for row in range(len(ids)):
+        alone = ids[row : row + 1, int((mask[row] == 0).sum()) :]
+        single = trained.generate(alone, eos_token_id=ends, **settings)
+        new = single.exit_layers.shape[1]
+        assert torch.equal(single.sequences[0, alone.shape[1] :], together.sequences[row, 9 : 9 + new])
+        assert torch.equal(single.exit_layers[0], together.exit_layers[row, :new])
+        assert not together.sequences[row, 9 + new :].any()  # padding
+        assert not together.exit_layers[row, new:].any()
+        lengths.add(new)
+        depths |= set(single.exit_layers[0].tolist())
+    assert len(lengths) > 2
+    assert len(depths) > 2
+
+
 def test_finished_rows_are_padded_and_ask_for_nothing(trained, model, thresholds, prompts):
     """With the most frequent tokens as ends, rows finish at different steps."""
     ids, mask = prompts
@@ -288,11 +316,32 @@ def test_the_streamer_sees_every_token(trained, thresholds, prompts):
         ({"cache": DynamicCache()}, "cache cannot be used"),
         ({"max_new_tokens": 500}, "context window holds 160"),
         ({"past_key_values": DynamicCache()}, "past_key_values cannot be used"),
+        ({"cache_implementation": "static"}, "cache_implementation is 'static': offramp keeps"),
+        ({"cache_implementation": "quantized"}, "cache_implementation is 'quantized'"),
+        ({"cache_config": {"nbits": 4}}, "cache_config is"),
+        ({"prefill_chunk_size": 4}, "prefill_chunk_size is 4"),
+        ({"compile_config": CompileConfig()}, "compile_config is"),
+        (
+            {"generation_config": GenerationConfig(cache_implementation="offloaded")},
+            "cache_implementation is 'offloaded'",
+        ),
     ],
 )
 def test_bad_arguments_get_a_sentence(trained, prompts, kwargs, words):
     with pytest.raises(InputError, match=words):
         trained.generate(prompts[0], **({"max_new_tokens": 4} | kwargs))
+
+
+def test_a_cache_nobody_asked_for_is_no_reason_to_refuse(trained, model, prompts, monkeypatch):
+    """Gemma's own generation_config names one."""
+    ids, mask = prompts
+    settings = {"attention_mask": mask, "mode": "off", "max_new_tokens": 10}
+    expected = trained.generate(ids, **settings)
+    assert torch.equal(trained.generate(ids, cache_implementation="dynamic", **settings), expected)
+    monkeypatch.setattr(model.generation_config, "cache_implementation", "static")
+    assert torch.equal(trained.generate(ids, **settings), expected)
+    brought = copy.deepcopy(model.generation_config)
+    assert torch.equal(trained.generate(ids, generation_config=brought, **settings), expected)
 
 
 @pytest.mark.parametrize(

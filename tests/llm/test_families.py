@@ -9,6 +9,7 @@ import transformers
 from offramp import EarlyExitModel, HeadConfig, ModelError
 from offramp.llm.cache import cache_argument
 from offramp.llm.decoding import Exit, Rollout
+from offramp.llm.heads import make_head
 from offramp.llm.sequences import TokenSequence
 from offramp.llm.trunk import Trunk, positions_from_mask
 
@@ -160,6 +161,10 @@ def test_verified_tokens_are_those_of_generate(model, ee, thresholds):
 
 def test_decoded_exits_are_the_teacher_forced_ones_and_rows_do_as_they_do_alone(ee, thresholds):
     """Exit mode has no generate to compare with: one pass of the full model over what was written says what is due."""
+    check_decoded(ee, thresholds)
+
+
+def check_decoded(ee, thresholds):
     ids, mask = batch()
     settings = {"thresholds": thresholds, "max_new_tokens": 20, "return_dict_in_generate": True}
     together = ee.generate(ids, attention_mask=mask, **settings)
@@ -172,9 +177,10 @@ def test_decoded_exits_are_the_teacher_forced_ones_and_rows_do_as_they_do_alone(
         assert torch.equal(alone.exit_layers[0], layers[:new])
         scores = ee.score([TokenSequence(tokens, ids.shape[1] - padding)])
         due = scores.first_exit(thresholds)
+        depths = np.array([*ee.layers, ee.num_layers])
         gap = np.abs(scores.scores - np.array(thresholds)[:, None]).min(axis=0)
         decoded = layers[:new].numpy()
-        assert ((np.array([1, 3, 4])[due] == decoded) | (gap < 1e-5)).all()
+        assert ((depths[due] == decoded) | (gap < 1e-5)).all()
         chosen = np.vstack([scores.choices, scores.model_choices[None]])[due, np.arange(new)]
         assert ((chosen == scores.emitted) | (gap < 1e-5)).all()
         taken |= set(decoded.tolist())
@@ -213,6 +219,31 @@ def test_keys_and_values_under_exits_are_the_full_models(model, ee, thresholds):
         for name in ("keys", "values"):
             one, other = (getattr(layer, name).transpose(1, 2)[mask.bool()] for layer in (mine, theirs))
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["GPT2", "Falcon", "Gemma2", "GPTNeoX"])
+def test_a_head_of_the_familys_own_layers_is_trained_and_decodes(texts, family):
+    """What the lean path does not know: its last layer, copied and trained, with keys and values of its own."""
+    model = make(family)
+    ee = EarlyExitModel(model, None, layers=(1, 2), head=HeadConfig("adapter", shortlist=60))
+    ee.train_heads(sequences=texts[:8], epochs=1, batch_size=80, precision="float32")
+    assert not ee.trunk.is_lean
+    # One that reads what the last layer reads is the model, before it is trained: of its kind, with its window.
+    trunk, text = ee.trunk, texts[0][None]
+    perfect = make_head(trunk, HeadConfig("adapter", shortlist=None), None)
+    positions = torch.arange(text.shape[1])[None]
+    with torch.no_grad():
+        hidden = trunk.run(trunk.embed(text, positions), 0, 3, cache=trunk.new_cache(), positions=positions)
+        found = trunk.cap(perfect(hidden))
+    torch.testing.assert_close(found, model(text).logits, rtol=1e-4, atol=1e-4)
+    thresholds = [float(value) for value in np.median(ee.score(texts).scores, axis=1)]
+    check_decoded(ee, thresholds)
+    ids, mask = batch()
+    settings = {"attention_mask": mask, "max_new_tokens": 16, "do_sample": False}
+    verified = ee.generate(ids, mode="verify", thresholds=[thresholds[0], 0.0], **settings)
+    assert torch.equal(verified, model.generate(ids, **settings))
+    assert ee.last_stats.rejected_drafts > 0
+    assert ee.last_stats.tokens_by_exit[1] > 0
 
 
 def test_scores_are_of_the_models_own_choices(model, ee, texts):

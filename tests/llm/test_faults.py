@@ -7,9 +7,8 @@ import torch
 from offramp import EarlyExitModel, HeadConfig, InputError, ModelError, OutOfMemoryError
 from offramp.llm.cache import cache_argument
 from offramp.llm.decoding import Exit, Rollout
-from offramp.llm.lean import LeanLayer
-from tiny import make_model
-from transformers import DynamicCache
+from tiny import END, VOCAB, make_model
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
 NEW = 30
 
@@ -29,20 +28,33 @@ class Failing:
 
 def fail_in_layer(monkeypatch, trunk, layer, at, error):
     """Let a layer fail at its call number ``at``, after it wrote to its cache."""
-    cls = LeanLayer
-    run = cls.run
+    mine = trunk._lean.layers[layer] if trunk.is_lean else trunk.layers[layer]
+    name = "run" if trunk.is_lean else "forward"
+    run = getattr(type(mine), name)
     count = 0
 
     def failing(self, *arguments, **keywords):
         nonlocal count
         hidden = run(self, *arguments, **keywords)
-        if self is trunk._lean.layers[layer]:
+        if self is mine:
             count += 1
             if count == at:
                 raise error
         return hidden
 
-    monkeypatch.setattr(cls, "run", failing)
+    monkeypatch.setattr(type(mine), name, failing)
+
+
+def make_gpt2():
+    """A random GPT-2 of the tiny Llama's sizes, which is decoded by its own modules."""
+    torch.manual_seed(0)
+    ends = {"eos_token_id": END, "pad_token_id": 0, "bos_token_id": 1}
+    sizes = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 6, "n_head": 4, "n_positions": 160}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, **ends)).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            parameter.mul_(4)
+    return model
 
 
 MEMORY = [
@@ -52,10 +64,11 @@ MEMORY = [
 ]
 
 
-@pytest.fixture(scope="module")
-def exits(texts):
+@pytest.fixture(scope="module", params=[make_model, make_gpt2], ids=["lean", "general"])
+def exits(request, texts):
     """On a model of its own: other tests leave hooks on the shared one, which end the lean path."""
-    ee = EarlyExitModel(make_model(), None, layers=(1, 3, 5), head=HeadConfig("mlp", shortlist=60))
+    ee = EarlyExitModel(request.param(), None, layers=(1, 3, 5), head=HeadConfig("mlp", shortlist=60))
+    assert ee.trunk.is_lean == (request.param is make_model)
     ee.train_heads(sequences=texts[:20], epochs=1, batch_size=64)
     return ee
 
@@ -116,12 +129,16 @@ def test_a_segment_that_failed_can_be_run_again(exits, prompts, monkeypatch):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
-def test_another_failure_half_way_is_passed_on_and_changes_nothing(exits, prompts, monkeypatch):
+@pytest.mark.parametrize("where", ["head", "segment"])
+def test_another_failure_half_way_is_passed_on_and_changes_nothing(exits, prompts, monkeypatch, where):
     ids, mask = prompts
     settings = {"attention_mask": mask, "max_new_tokens": NEW, "do_sample": False}
     before = exits.model.generate(ids, **settings)
-    head = exits.heads.after(3)
-    monkeypatch.setattr(head, "advance", Failing(head.advance, 5, KeyboardInterrupt()))
+    if where == "head":
+        head = exits.heads.after(3)
+        monkeypatch.setattr(head, "advance", Failing(head.advance, 5, KeyboardInterrupt()))
+    else:
+        fail_in_layer(monkeypatch, exits._trunk, 2, 5, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         exits.generate(ids, thresholds=[2, 0.3, 2], **settings)
     monkeypatch.undo()

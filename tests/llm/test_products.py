@@ -16,17 +16,17 @@ def drawn(rows, dtype=torch.float32, biased=False):
 
 @pytest.mark.parametrize("rows", [0, 1, 2, 3, 8, 9])
 @pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("columns", [False, True])
-def test_float32_by_either_product(monkeypatch, rows, biased, columns):
+@pytest.mark.parametrize("first", [None, 1, 2])
+def test_float32_by_either_product(monkeypatch, rows, biased, first):
     hidden, weight, bias = drawn(rows, biased=biased)
     made = []
     by_columns = products._by_columns
-    monkeypatch.setattr(products, "_columns_pay", lambda *_: columns)
+    monkeypatch.setattr(products, "_AS_COLUMNS_FROM", first)
     monkeypatch.setattr(products, "_by_columns", lambda *given: made.append(given) or by_columns(*given))
     found = products.linear(hidden, weight, bias)
     torch.testing.assert_close(found, torch.nn.functional.linear(hidden, weight, bias))
-    assert rows > 1 or found.is_contiguous()
-    assert bool(made) == (columns and 1 <= rows <= 8)
+    assert found.is_contiguous()
+    assert bool(made) == (first is not None and first <= rows <= 8)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -46,25 +46,8 @@ def test_halves_by_either_product(monkeypatch, rows, dtype, biased):
 
 
 def test_gradients_come_through(monkeypatch):
-    monkeypatch.setattr(products, "_columns_pay", lambda *_: True)
+    monkeypatch.setattr(products, "_AS_COLUMNS_FROM", 1)
     hidden, weight, _ = (item.requires_grad_() if item is not None else None for item in drawn(1))
     products.linear(hidden, weight, None).sum().backward()
     torch.testing.assert_close(hidden.grad[0, 0], weight.detach().sum(dim=0))
     torch.testing.assert_close(weight.grad, hidden.detach()[0].expand(24, 16))
-
-
-def test_the_faster_product_is_found_once(monkeypatch):
-    """By the clock: a product that sleeps loses."""
-    products._columns_pay.cache_clear()
-    clock = iter(range(1000)).__next__
-    monkeypatch.setattr(products.time, "perf_counter", lambda: float(clock()))
-    slow = lambda rows, weight: [clock() for _ in range(9)] and weight  # noqa: E731
-    monkeypatch.setattr(products.functional, "linear", slow)
-    monkeypatch.setattr(products, "_by_columns", lambda rows, weight: weight)
-    assert products._columns_pay(4, 1)
-    asked = clock()
-    assert products._columns_pay(4, 1)
-    assert clock() == asked + 1
-    monkeypatch.setattr(products.functional, "linear", lambda rows, weight: weight)
-    assert not products._columns_pay(1, 1)
-    products._columns_pay.cache_clear()

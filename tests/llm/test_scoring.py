@@ -109,6 +109,39 @@ def test_certified_thresholds_keep_sequences_whole(trained, texts):
     assert "sequential, certified" in calibration.side_by_side()
 
 
+def test_the_models_own_text_is_certified_for_the_longest_it_could_be(trained, texts, monkeypatch):
+    ee = copy.copy(trained)
+    starts = [text[:5] for text in texts]
+    monkeypatch.setattr(ee, "_text", lambda prompts, sequences, kind: (sequences, starts))
+    # A third of the vocabulary ends a text, so that few are as long as they may be.
+    monkeypatch.setattr(ee, "_end_tokens", lambda: list(range(0, 89, 3)))
+    own = ee.calibrate(0.1, delta=0.4, tokens=10_000, max_new_tokens=200)
+    sizes = np.bincount(own.measured.groups)
+    assert sizes.max() < 200 == own.max_group_size
+    asked = (own.measured.scores, own.measured.correct, 0.1)
+    options = {"delta": 0.4, "groups": own.measured.groups, "costs": [1, 3, 5, 6]}
+    expected = offramp.calibrate_cascade(*asked, **options, max_group_size=200)
+    assert own.thresholds == tuple(expected.thresholds.tolist())
+    assert own.promise == expected.assumptions
+    assert "more than 200 samples;" in own.promise
+    # Nothing is promised without delta, and other certificates are asked for later.
+    assert not own.cascade(mode="sequential").delta
+    assert "more than 200 samples;" in own.cascade(0.2, mode="budget", delta=0.3).assumptions
+
+    stored = json.loads(json.dumps(own.to_dict()))
+    assert Calibration.from_dict(stored, own.measured).promise == own.promise
+    del stored["max_group_size"]
+    earlier = Calibration.from_dict(stored, own.measured)
+    assert earlier.promise == offramp.calibrate_cascade(*asked, **options).assumptions
+    for damage in (int(sizes.max()) - 1, 1.5, "9"):
+        with pytest.raises(StorageError, match=r"max_group_size is .*calibrate again"):
+            Calibration.from_dict({**stored, "max_group_size": damage}, own.measured)
+
+    given = ee.calibrate(0.1, delta=0.4, sequences=texts, max_new_tokens=200)
+    assert given.max_group_size is None
+    assert "more than 29 samples, the most one has here;" in given.promise
+
+
 def test_a_calibration_survives_json(trained):
     calibration = trained.calibration
     stored = json.loads(json.dumps(calibration.to_dict()))
@@ -119,7 +152,7 @@ def test_a_calibration_survives_json(trained):
         assert loaded.at(eps) == calibration.at(eps)
     assert str(loaded) == str(calibration)
     for name in stored:
-        if name not in ("thresholds", "accepted", "correct", "promise"):
+        if name not in ("thresholds", "accepted", "correct", "promise", "max_group_size"):
             with pytest.raises(StorageError, match="calibrate again"):
                 Calibration.from_dict(
                     {key: value for key, value in stored.items() if key != name}, calibration.measured

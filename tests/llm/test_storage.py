@@ -199,7 +199,8 @@ class Hub:
         shutil.copytree(folder_path, self.folder / repo_id)
         return SimpleNamespace(commit_url=f"https://hub.test/{repo_id}/commit/1")
 
-    def download(self, repo_id, *, revision, token, allow_patterns):
+    def download(self, repo_id, *, allow_patterns, **where):
+        self.where = where
         if repo_id != self.asked.get("repo_id"):
             raise LocalEntryNotFoundError("no such repository")
         assert {path.name for path in (self.folder / repo_id).iterdir()} <= set(allow_patterns)
@@ -231,6 +232,25 @@ def test_heads_go_to_the_hub_and_come_back(trained, model, hub):
         StorageError, match="folder someone/others does not exist, and the Hub did not give it"
     ):
         EarlyExitModel.from_pretrained("someone/others", model=model)
+
+
+def test_heads_and_their_base_model_are_read_with_the_same_rights_from_the_same_place(
+    trained, model, hub, monkeypatch, tmp_path
+):
+    asked = []
+    monkeypatch.setattr(model.config, "_name_or_path", "someone/model")
+    monkeypatch.setattr(
+        "offramp.llm.model.load_model", lambda name, **where: asked.append((name, where)) or (model, "tokens")
+    )
+    trained.push_to_hub("someone/exits")
+    places = {"cache_dir": tmp_path, "local_files_only": True}
+    loaded = EarlyExitModel.from_pretrained(
+        "someone/exits", revision="v2", token="secret", dtype="float32", **places
+    )
+    assert loaded.tokenizer == "tokens"
+    # The revision is of the heads' repository; the base model's has others.
+    assert hub.where == {"revision": "v2", "token": "secret", **places}
+    assert asked == [("someone/model", {"token": "secret", "dtype": "float32", **places})]
 
 
 def test_a_hub_that_refuses_gets_a_sentence(trained, hub, monkeypatch):

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import resumable
 import torch
-from offramp import EarlyExitModel, HeadConfig, InputError
+from offramp import EarlyExitModel, HeadConfig, InputError, StorageError
 from offramp.llm.data import CorpusPlan, prepare_corpus
 from offramp.llm.heads import choose_shortlist, fit_linear, make_head
 from offramp.llm.sequences import as_sequences
@@ -34,6 +34,8 @@ from offramp.llm.training import (
     exit_loss,
 )
 from offramp.llm.trunk import Trunk
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tiny import make_model
 
 
@@ -200,6 +202,70 @@ def test_a_finished_training_is_not_done_again_but_another_one_is(model, texts, 
 
 
 @pytest.mark.parametrize(
+    "head", [HeadConfig("mlp", shortlist=50), HeadConfig("adapter", shortlist=50)], ids=str
+)
+def test_other_exits_in_the_same_cache_are_trained_as_in_one_of_their_own(model, texts, tmp_path, head):
+    def train(layers, folder, head=head):
+        steps = []
+        ee = EarlyExitModel(model, layers=layers, head=head)
+        count = lambda stage, done, _total: steps.append(done) if stage == "training" else None  # noqa: E731
+        history = ee.train_heads(
+            sequences=texts[:30],
+            epochs=1,
+            batch_size=64,
+            precision="float32",
+            cache=tmp_path / folder,
+            progress=count,
+        )
+        return history, ee.heads.own_state(), steps
+
+    for number, layers in enumerate([(2, 4), (2, 3), (2,)]):
+        history, state, steps = train(layers, "shared")
+        alone, expected, _ = train(layers, f"own {number}")
+        assert steps
+        assert history == alone
+        assert state.keys() == expected.keys()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in state.items())
+        assert not train(layers, "shared")[2]
+    # Nor is another kind of head the same for being after the same layer.
+    other = replace(head, kind="linear")
+    assert train((2,), "shared", other)[2]
+
+
+@pytest.mark.parametrize("where", [0.02, 0.3, 0.9, 1.0])
+def test_a_damaged_state_is_named_and_not_gone_on_from(model, texts, tmp_path, where):
+    trainer_of(model, texts, tmp_path).run()
+    path = tmp_path / "state.safetensors"
+    whole = path.read_bytes()
+    place = min(int(len(whole) * where), len(whole) - 1)
+    path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    with pytest.raises(
+        StorageError, match=r"^cache: \S+state\.safetensors is damaged; delete it to train anew"
+    ):
+        trainer_of(model, texts, tmp_path).run()
+    path.write_bytes(whole[:-10])
+    with pytest.raises(StorageError, match=r"state\.safetensors is damaged"):
+        trainer_of(model, texts, tmp_path).run()
+    path.write_bytes(whole)
+    trainer_of(model, texts, tmp_path).run(lambda *_: pytest.fail("done again"))
+
+
+def test_how_far_a_state_has_come_is_in_its_checksum(model, texts, tmp_path):
+    """What is no tensor: the step, the metrics, and whose state it is."""
+    trainer_of(model, texts, tmp_path).run()
+    path = tmp_path / "state.safetensors"
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
+    for name in ("step", "tokens", "history", "identity"):
+        save_file(tensors, path, metadata=metadata | {name: metadata[name] + " "})
+        with pytest.raises(StorageError, match="is damaged"):
+            trainer_of(model, texts, tmp_path).run()
+    save_file(tensors, path, metadata=metadata)
+    trainer_of(model, texts, tmp_path).run(lambda *_: pytest.fail("done again"))
+
+
+@pytest.mark.parametrize(
     ("settings", "words"),
     [
         ({"tokens": 0}, "tokens is 0"),
@@ -286,6 +352,44 @@ def test_a_step_follows_the_mean_gradient_whatever_the_pieces(model, texts, tmp_
         torch.testing.assert_close(other, gradients[0], rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("weight", [0.0, 0.3])
+@pytest.mark.parametrize("kind", ["linear", "mlp", "adapter"])
+def test_the_gradient_of_every_parameter_is_that_of_automatic_differentiation(
+    texts, tmp_path, monkeypatch, kind, weight
+):
+    """With a bias on the output rows, and in several pieces."""
+    model = make_model()
+    model.lm_head = torch.nn.Linear(32, 89)
+    trainer = trainer_of(model.requires_grad_(False), texts, tmp_path, head=HeadConfig(kind, shortlist=50))
+    trainer.config = replace(trainer.config, entropy_weight=weight)
+    if kind == "mlp":
+        # Away from zero, where the residual block starts and its first map has no gradient.
+        for layer in trainer.layers:
+            torch.nn.init.normal_(trainer.heads.after(layer).transform.down.weight, std=0.1)
+    numbers = trainer.train[:6]
+    batch = trainer.corpus.batch(numbers, trainer.layers)
+    target = trainer.teacher.probabilities(batch.final, batch.log_normalizer)
+    losses = []
+    for layer in trainer.layers:
+        head = trainer.heads.after(layer)
+        features = head.read(batch.hidden[layer].float(), batch.picked).double()
+        bias = head.bias.double()
+        log_q = (features @ head.weight.double().T + bias).log_softmax(dim=-1)
+        cross, entropy = -(target * log_q).sum(-1), -(log_q.exp() * log_q).sum(-1)
+        losses.append(((1 - weight) * cross - weight * entropy).mean())
+    expected = torch.autograd.grad(sum(losses), trainer.parameters)
+    monkeypatch.setattr("offramp.llm.training._LOGITS_BUDGET", 50 * 30)
+    # The step itself changes the parameters, but not their gradients.
+    trainer.train_step(numbers)
+    names = {id(parameter): name for name, parameter in trainer.heads.named_parameters()}
+    if kind == "linear":
+        assert {"2.weight", "2.bias", "4.weight", "4.bias"} <= set(names.values())
+    for parameter, gradient in zip(trainer.parameters, expected, strict=True):
+        largest = float(gradient.abs().max())
+        assert largest > 0, names[id(parameter)]
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-4 * largest)
+
+
 def test_the_rate_warms_up_and_falls_to_nothing(model, texts, tmp_path):
     rates = [_schedule(step, 200) for step in range(200)]
     assert rates[:10] == pytest.approx([step / 10 for step in range(1, 11)])
@@ -362,17 +466,22 @@ def test_two_processes_train_as_one_does(tmp_path):
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    both = [start(tmp_path / "two", RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in range(2)]
+    # The second one finds other metrics: the first one's decide for both, which parameters are kept and when it ends.
+    own = [{"RANK": "0", "LOCAL_RANK": "0"}, {"RANK": "1", "LOCAL_RANK": "1", "DISAGREE": "1"}]
+    both = [start(tmp_path / "two", **shared, **each) for each in own]
     outputs = [process.communicate(timeout=300)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0]
     assert "history" not in outputs[1]
+    assert outputs[0].splitlines()[-2] == outputs[1].splitlines()[-1]
+    assert outputs[1].splitlines()[-1].startswith("heads")
     found = json.loads(outputs[0].splitlines()[-1].removeprefix("history "))
     one = resumable.train(tmp_path / "one")
     assert len(found) == len(one.history) > 10
     for mine, theirs in zip(found, one.history, strict=True):
         assert mine["loss"] == pytest.approx(theirs.loss, rel=1e-4)
         assert (mine["layer"], mine["step"], mine["tokens"]) == (theirs.layer, theirs.step, theirs.tokens)
-    # It says something only if the loss moved.
+    # It says something only if the loss moved, and if not all heads were best in the end, as the second one finds.
+    assert min(item.step for item in best_of(one.history)) < one.step
     assert one.history[-1].loss < one.history[1].loss - 0.001
 
 

@@ -10,7 +10,15 @@ from offramp.llm import verifying
 from offramp.llm.cache import cache_argument
 from scipy import stats
 from tiny import make_model
-from transformers import DynamicCache, LogitsProcessorList, TextStreamer
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextStreamer,
+)
 
 NEW = 30
 
@@ -114,6 +122,91 @@ def test_processors_act_on_confirmed_text(trained, model, thresholds, prompts, c
     own = model.generate(ids, **settings)
     mine = trained.generate(ids, mode="verify", thresholds=thresholds, max_pending=cap, **settings)
     assert torch.equal(mine, own)
+
+
+class NotTwice(LogitsProcessor):
+    """The user's own: no token above the one before it by an even number."""
+
+    def __call__(self, input_ids, scores):
+        above = torch.arange(scores.shape[1]) - input_ids[:, -1:]
+        return scores.masked_fill((above >= 0) & (above % 2 == 0), -torch.inf)
+
+
+class OneByOne(StoppingCriteria):
+    """The user's own: each row after another number of tokens."""
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.arange(len(input_ids)) * 4 < input_ids.shape[1] - 14
+
+
+def own_settings(mask, ends):
+    """All that a user can bring, as transformers takes it."""
+    config = GenerationConfig(
+        max_new_tokens=NEW, do_sample=False, repetition_penalty=1.1, eos_token_id=ends, pad_token_id=0
+    )
+    return {
+        "attention_mask": mask,
+        "generation_config": config,
+        "logits_processor": LogitsProcessorList([NotTwice()]),
+        "stopping_criteria": StoppingCriteriaList([OneByOne()]),
+    }
+
+
+@pytest.mark.parametrize("stops", [False, True])
+def test_the_users_own_config_processors_and_criteria_act_on_confirmed_text(
+    trained, model, thresholds, prompts, cap, stops
+):
+    ids, mask = prompts
+    settings = own_settings(mask, [5, 7])
+    if not stops:
+        del settings["stopping_criteria"]
+    own = model.generate(ids, **settings)
+    assert not torch.equal(own, model.generate(ids, **{**settings, "logits_processor": None}))
+    output = trained.generate(
+        ids, mode="verify", thresholds=thresholds, max_pending=cap, return_dict_in_generate=True, **settings
+    )
+    assert torch.equal(output.sequences, own)
+    assert (own.shape[1] < 9 + NEW) == stops
+    assert output.stats.tokens_by_exit[trained.num_layers] < output.stats.tokens
+    assert output.stats.rejected_drafts > 0
+
+
+def test_the_users_own_config_processors_and_criteria_act_on_exits(trained, thresholds, prompts):
+    ids, mask = prompts
+    settings = own_settings(mask, [5, 7])
+    output = trained.generate(ids, thresholds=thresholds, return_dict_in_generate=True, **settings)
+    early = (output.exit_layers > 0) & (output.exit_layers < trained.num_layers)
+    assert early.any()
+    kept = output.exit_layers > 0
+    steps = output.sequences[:, 9:] - output.sequences[:, 8:-1]
+    assert ((steps < 0) | (steps % 2 == 1))[kept].all()
+    for row, new in enumerate(kept.sum(dim=1).tolist()):
+        assert new == 6 + 4 * row or (new < 6 + 4 * row and output.sequences[row, 8 + new] in (5, 7))
+    plainly = {"max_new_tokens": NEW, "repetition_penalty": 1.1, "eos_token_id": [5, 7], "pad_token_id": 0}
+    del settings["generation_config"]
+    assert torch.equal(trained.generate(ids, thresholds=thresholds, **settings, **plainly), output.sequences)
+
+
+@pytest.mark.parametrize("mode", ["exit", "verify"])
+def test_top_p_samples_alike_from_one_seed_and_leaves_the_first_choice_where_it_is_small(
+    trained, model, thresholds, prompts, mode
+):
+    ids, mask = prompts
+    settings = {"attention_mask": mask, "mode": mode, "thresholds": thresholds}
+    texts = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        config = GenerationConfig(
+            max_new_tokens=NEW, do_sample=True, top_p=0.9, temperature=1.5, pad_token_id=0
+        )
+        texts.append(trained.generate(ids, generation_config=config, **settings))
+    assert torch.equal(texts[0], texts[1])
+    assert not torch.equal(texts[0], texts[2])
+    first = trained.generate(ids, do_sample=False, max_new_tokens=NEW, **settings)
+    sampled = trained.generate(ids, do_sample=True, top_p=1e-6, max_new_tokens=NEW, **settings)
+    assert torch.equal(sampled, first)
+    own = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=NEW)
+    assert torch.equal(first, own) == (mode == "verify")
 
 
 def test_the_streamer_sees_confirmed_tokens_only(trained, thresholds, prompts):

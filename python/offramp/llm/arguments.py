@@ -25,6 +25,8 @@ _REFUSED = {
     "position_ids": "positions follow from attention_mask",
     "negative_prompt_ids": "guidance is not supported",
 }
+# Ways to keep keys and values that a user may ask transformers for.
+_CACHES = ("cache_implementation", "cache_config", "max_cache_len", "compile_config", "prefill_chunk_size")
 # What to leave out where transformers would take another way than greedy search or sampling.
 _CULPRITS = {
     GenerationMode.CONTRASTIVE_SEARCH: "contrastive search (penalty_alpha)",
@@ -79,6 +81,7 @@ def check_request(trunk: Trunk, ids: Any, kwargs: Mapping[str, Any]) -> None:
     for name, reason in _REFUSED.items():
         if kwargs.get(name) is not None:
             raise InputError(f"{name} cannot be used with exits: {reason}")
+    _check_cache(trunk, kwargs)
     if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or ids.numel() == 0 or ids.is_floating_point():
         raise InputError("input_ids is not a (batch, tokens) tensor of token ids with at least one token")
     mask = kwargs.get("attention_mask")
@@ -93,6 +96,18 @@ def check_request(trunk: Trunk, ids: Any, kwargs: Mapping[str, Any]) -> None:
         )
     check_ids(trunk, ids, "input_ids")
     check_length(ids.shape[1] + 1, trunk.max_positions, "input_ids")
+
+
+def _check_cache(trunk: Trunk, kwargs: Mapping[str, Any]) -> None:
+    """Refuse a kind of cache; one that the model itself brings (Gemma's is "hybrid") nobody has asked for."""
+    config, brought = kwargs.get("generation_config"), trunk.model.generation_config
+    for name in _CACHES:
+        for asked in (kwargs.get(name), getattr(config, name, None)):
+            if asked not in (None, "dynamic", getattr(brought, name, None)):
+                raise InputError(
+                    f"{name} is {asked!r}: offramp keeps keys and values in a cache of its own, which grows with the "
+                    "text; leave it out"
+                )
 
 
 def check_config(trunk: Trunk, config: GenerationConfig, mode: str) -> None:

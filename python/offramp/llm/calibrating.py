@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from offramp.calibration import ThresholdCurve, threshold_curve
 from offramp.cascade import calibrate_cascade
-from offramp.design import MODES, as_level
+from offramp.design import MODES, as_groups, as_level
 from offramp.errors import InputError, StorageError
 from offramp.llm.scoring import Scores
 from offramp.outcomes import Cascade
@@ -95,6 +95,8 @@ class Calibration:
         dtype of the model the margins were measured with.
     text_hash : str
         SHA-256 of the prompts or sequences used.
+    max_group_size : int or None
+        The most tokens a sequence could have, where that was known before there were any.
     """
 
     layers: tuple[int, ...]
@@ -108,6 +110,7 @@ class Calibration:
     sequences: int
     dtype: str
     text_hash: str
+    max_group_size: int | None = None
     _known: dict[tuple[Any, ...], Cascade] = field(default_factory=dict, repr=False)
 
     @property
@@ -171,6 +174,7 @@ class Calibration:
             costs=costs,
             delta=delta,
             groups=None if delta is None else self.measured.groups,
+            max_group_size=None if delta is None else self.max_group_size,
         )
         if len(used) == len(self.layers):
             return found
@@ -248,6 +252,7 @@ class Calibration:
             "sequences": self.sequences,
             "dtype": self.dtype,
             "text_hash": self.text_hash,
+            "max_group_size": self.max_group_size,
         }
 
     @classmethod
@@ -273,6 +278,7 @@ class Calibration:
                 sequences=int(values["sequences"]),
                 dtype=str(values["dtype"]),
                 text_hash=str(values["text_hash"]),
+                max_group_size=_longest(values.get("max_group_size"), measured),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise StorageError(f"the stored calibration is damaged ({error}): calibrate again") from error
@@ -391,6 +397,7 @@ def calibrate_scores(
     delta: float | None = None,
     dtype: str,
     text_hash: str,
+    max_group_size: int | None = None,
 ) -> Calibration:
     """Calibrate the heads on scored tokens."""
     check_mode(mode, delta)
@@ -407,7 +414,13 @@ def calibrate_scores(
         sequences=len(np.unique(scores.groups)),
         dtype=dtype,
         text_hash=text_hash,
+        max_group_size=max_group_size,
     )
+
+
+def _longest(stored: Any, measured: Measured) -> int | None:
+    """Read the most tokens a sequence could have; earlier versions did not know it."""
+    return None if stored is None else as_groups(measured.groups, len(measured.groups), stored).most
 
 
 def _curves(measured: Measured) -> tuple[ThresholdCurve, ...]:

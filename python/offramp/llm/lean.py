@@ -270,7 +270,7 @@ class Lean:
         Before the first token the model's modules do as well, in float32 to the last bit.
         """
         return cached > 0 or (
-            WIDENS_HALVES and hidden.dtype in (torch.bfloat16, torch.float16) and not hidden.is_cuda
+            WIDENS_HALVES and hidden.dtype in (torch.bfloat16, torch.float16) and hidden.device.type == "cpu"
         )
 
     def _table(self, kind: str, length: int, hidden: torch.Tensor) -> Rotary:
@@ -412,7 +412,7 @@ def _norm(owner: Any, name: str | None) -> Map | None:
 
 def _rms_norm(hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Scale to unit root mean square; of a single row on the CPU that is one number, found in fewer operations."""
-    if hidden.numel() != len(weight) or hidden.is_cuda:
+    if hidden.numel() != len(weight) or hidden.device.type != "cpu":
         return functional.rms_norm(hidden, weight.shape, weight, eps)
     length = float(torch.linalg.vector_norm(hidden, dtype=torch.float32))
     return hidden * (1 / math.sqrt(length * length / len(weight) + eps)) * weight

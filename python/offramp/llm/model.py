@@ -37,7 +37,7 @@ from offramp.llm.scoring import Scores, agreement, score_sequences
 from offramp.llm.sequences import TokenSequence, as_sequences, check_length, encode_prompts, hash_of
 from offramp.llm.staging import Stage
 from offramp.llm.states import Progress
-from offramp.llm.storage import fetch_exits, load_exits, push_exits, save_exits
+from offramp.llm.storage import HUB_OPTIONS, fetch_exits, load_exits, push_exits, save_exits
 from offramp.llm.training import HeadMetrics, Trainer, TrainingConfig, Watch, best_of, build_heads
 from offramp.llm.trunk import Trunk
 from offramp.llm.verifying import decode_verified
@@ -211,10 +211,7 @@ class EarlyExitModel:
             heads = build_heads(self._trunk, corpus, self.layers, self.head, seed)
             if processes.first:
                 processes.wait()
-            identity = {
-                "head": self.head.to_dict(),
-                "corpus": (folder / "corpus" / "corpus.json").read_text("utf-8"),
-            }
+            identity = {"corpus": (folder / "corpus" / "corpus.json").read_text("utf-8")}
             trainer = Trainer(
                 self._trunk,
                 heads,
@@ -296,7 +293,8 @@ class EarlyExitModel:
             shallower ones leave.  ``"budget"``: the fewest layers with at most 1 - eps of all tokens early and wrong.
         delta
             Certify: half of the sequences propose thresholds, the other half tests them, so that at confidence
-            1 - delta every head reaches ``eps`` on new text of the kind.  Needs hundreds of sequences: see
+            1 - delta every head reaches ``eps`` on new text of the kind, if its sequences are no longer than
+            ``max_new_tokens``, or than the longest of the user's own.  Needs hundreds of sequences: see
             ``docs/guarantees.md``.
         prompts
             Prompts the full model continues greedily; default: the shipped calibration prompts.
@@ -316,7 +314,9 @@ class EarlyExitModel:
         check_mode(mode, delta)
         self._trained_heads()
         own, starts = self._text(prompts, sequences, "calibration")
+        longest = None
         if own is None:
+            longest = max_new_tokens
             own = self.continue_greedily(
                 starts or [], tokens=tokens, max_new_tokens=max_new_tokens, progress=progress
             )
@@ -330,6 +330,7 @@ class EarlyExitModel:
             delta=delta,
             dtype=str(self._trunk.dtype).removeprefix("torch."),
             text_hash=hash_of(own),
+            max_group_size=longest,
         )
         return self.calibration
 
@@ -648,10 +649,14 @@ class EarlyExitModel:
             The folder, or a Hub repository as ``owner/name``.
         model, tokenizer
             The base model, if it is loaded already; else it is loaded by the name it had.
-        revision, token
-            Which version of the repository, and with whose rights.
+        revision
+            Which version of the heads' repository.  For another version of the base model than its newest, load it
+            and pass ``model=``.
+        token
+            With whose rights heads and base model are read from the Hub.
         **kwargs
-            Passed to `offramp.load_model`: ``dtype``, ``device``.
+            Passed to `offramp.load_model`: ``dtype``, ``device``, and where to look, which holds for the heads as
+            well: ``cache_dir``, ``force_download``, ``local_files_only``.
 
         Raises
         ------
@@ -660,11 +665,12 @@ class EarlyExitModel:
         ModelError
             If the model is not the one the heads were trained on.
         """
-        saved = load_exits(fetch_exits(folder, revision, token))
+        where = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+        saved = load_exits(fetch_exits(folder, revision=revision, token=token, **where))
         if model is None:
             if not saved.base_model:
                 raise InputError("model: the folder does not name its base model; load it and pass model=")
-            model, tokenizer = load_model(saved.base_model, **kwargs)
+            model, tokenizer = load_model(saved.base_model, token=token, **kwargs)
         loaded = cls(model, tokenizer, layers=saved.layers, head=saved.head)
         loaded.heads = saved.heads_for(loaded._trunk).eval().requires_grad_(False)
         loaded.calibration = saved.calibration

@@ -6,10 +6,13 @@ For `training` and `model`.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
+from typing import TypeVar, cast
 
 import torch
+
+T = TypeVar("T")
 
 
 class Processes:
@@ -39,6 +42,15 @@ class Processes:
         summed: torch.Tensor = reduce(flat, reduction="sum")
         for tensor, part in zip(tensors, summed.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """Give what the first process makes, in all of them; the others make nothing."""
+        if self.count == 1:
+            return make()
+        from accelerate.utils import broadcast_object_list  # noqa: PLC0415
+
+        made = [make() if self.first else None]
+        return cast(T, broadcast_object_list(made)[0])
 
     def wait(self) -> None:
         """Go on when all processes are here."""

@@ -7,8 +7,6 @@ For `lean`, `trunk` and `heads`, and for `training`, which asks about bfloat16.
 
 from __future__ import annotations
 
-import time
-from functools import cache
 from typing import Any
 
 import torch
@@ -17,21 +15,39 @@ from torch.nn import functional
 _HALVES = (torch.bfloat16, torch.float16)
 _FEW = 8
 _PROCESSOR: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+_WIDTH = torch.backends.cpu.get_cpu_capability()
 MATRIX_UNITS = bool(_PROCESSOR.get("amx_bf16"))
 """Whether the processor has units for matrices of bfloat16 (AMX), which multiply ten times as fast as float32."""
 BFLOAT16_PRODUCTS = MATRIX_UNITS or bool(_PROCESSOR.get("avx512_bf16"))
 """Whether it multiplies bfloat16 faster than float32 at all: with AVX-512 alone twice as fast."""
-# With matrix units a few rows of bfloat16 are faster as columns, by a fifth, unless the weight has fewer rows than this.
+
+# With matrix units a few rows of bfloat16 are faster as columns, by a fifth, but for weights of fewer rows than this.
 _WIDE = 512
 # Without AVX-512 torch multiplies 16-bit numbers row by row: from 4 rows on, a float32 copy of each weight for the
 # moment of the product is faster (40 rows: 5 times).
-WIDENS_HALVES = torch.backends.mkl.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX2"
+WIDENS_HALVES = torch.backends.mkl.is_available() and _WIDTH == "AVX2"
 """Whether several rows of 16-bit numbers are multiplied in float32."""
 _WORTH_WIDENING = 4
 # Rows of a weight that are widened at a time, so that they stay in the processor's cache.
 _PART = 2048
-# Columns have to be so much faster than rows, for the choice not to hang on noise.
-_CLEARLY = 1.25
+
+
+def _least_as_columns() -> int | None:
+    """How many rows of float32, at least, are multiplied faster as columns; ``None`` where none are.
+
+    Not tried out at run time: products round differently, and the same machine should write the same text.  On AMD's
+    processors MKL takes as long for few rows as for several single ones, and one thread for one.  Measured with two
+    threads, weights of 192 to 49152 rows: on Zen 4 a row takes 1.7 to 4 times as long as columns, 2 to 8 rows 1.5 to 9
+    times; on Zen 3, with AVX2, 2 to 8 rows 1.1 to 4 times.
+    """
+    if not torch.backends.mkl.is_available():
+        return None
+    if _WIDTH == "AVX512" and str(_PROCESSOR.get("cpu_name")).startswith("AMD"):
+        return 1
+    return 2 if _WIDTH == "AVX2" else None
+
+
+_AS_COLUMNS_FROM = _least_as_columns()
 
 
 def linear(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -45,14 +61,14 @@ def linear(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
         found = torch.cat([torch.mm(part.float(), columns) for part in weight.split(_PART)]).to(hidden.dtype)
     else:
         found = _by_columns(flat, weight)
-    found = found.T.reshape(*hidden.shape[:-1], -1)
+    found = found.T.contiguous().view(*hidden.shape[:-1], -1)
     return found if bias is None else found + bias
 
 
 def _slow(rows: int, dtype: torch.dtype, height: int) -> bool:
     """Whether ``functional.linear`` of so many rows with a weight of so many is not the fastest."""
     if dtype == torch.float32:
-        return 0 < rows <= _FEW and _columns_pay(1 if rows == 1 else _FEW // 2, torch.get_num_threads())
+        return _AS_COLUMNS_FROM is not None and _AS_COLUMNS_FROM <= rows <= _FEW
     if WIDENS_HALVES:
         return rows >= _WORTH_WIDENING and dtype in _HALVES
     return MATRIX_UNITS and 1 < rows <= _FEW and dtype == torch.bfloat16 and height >= _WIDE
@@ -63,30 +79,5 @@ def _by_columns(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
     A single one goes twice: with one column MKL takes its product of matrix and vector, on one thread.
     """
-    if len(rows) == 1:
-        return torch.mm(weight, torch.cat((rows, rows)).T)[:, :1].contiguous()
-    return torch.mm(weight, rows.T)
-
-
-@cache
-@torch.inference_mode()
-def _columns_pay(rows: int, threads: int) -> bool:  # noqa: ARG001 - the answer is kept for each number of threads
-    """Whether so many rows of float32 are multiplied clearly faster as columns, by trying both for some milliseconds.
-
-    MKL's product of few rows takes as long as several of one on some processors, and that of one a single thread
-    (measured on AMD's: Zen 3 1.1 to 4 times as long, Zen 4 3 to 4 times); on others rows are as fast.
-    """
-    # Together larger than most caches, as the weights of a model are.
-    weights = torch.ones(8, 1536, 576)
-    hidden = torch.ones(rows, 576)
-
-    def fastest(product: Any) -> float:
-        taken = []
-        for _ in range(4):
-            start = time.perf_counter()
-            for weight in weights:
-                product(hidden, weight)
-            taken.append(time.perf_counter() - start)
-        return min(taken)
-
-    return fastest(functional.linear) > _CLEARLY * fastest(_by_columns)
+    columns = torch.cat((rows, rows)).T if len(rows) == 1 else rows.T
+    return torch.mm(weight, columns)[:, : len(rows)]

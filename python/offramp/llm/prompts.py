@@ -28,7 +28,7 @@ def prompts(split: Split) -> list[str]:
     Returns
     -------
     list of str
-        At least 1500, 300 and 100 prompts of at most 40 tokens; the same list in every process.
+        At least 16 000, 300 and 100 prompts of at most 40 tokens; the same list in every process.
 
     Raises
     ------
@@ -45,7 +45,7 @@ def prompts(split: Split) -> list[str]:
     Examples
     --------
     >>> from offramp.llm.prompts import prompts
-    >>> len(prompts("training")) >= 1500
+    >>> len(prompts("training")) >= 16_000
     True
     >>> set(prompts("training")) & set(prompts("held_out"))
     set()

@@ -31,6 +31,9 @@ from offramp.llm.fingerprint import Fingerprint, fingerprint
 from offramp.llm.heads import ExitHeads, HeadConfig, make_head, output_rows
 from offramp.llm.trunk import Trunk
 
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only")
+"""How the Hub is asked for heads as well as for their base model."""
+
 _FORMAT = 1
 _HEADS = "heads.safetensors"
 _CONFIG = "config.json"
@@ -183,8 +186,13 @@ def push_exits(folder: Path, repo_id: str, **kwargs: Any) -> str:
         raise StorageError(f"repo_id is {repo_id}: the Hub did not take it ({_reason(error)})") from error
 
 
-def fetch_exits(name: str | os.PathLike[str], revision: str | None, token: str | bool | None) -> Path:
+def fetch_exits(name: str | os.PathLike[str], **where: Any) -> Path:
     """Find a folder of heads: a local one, or the copy of a Hub repository of the form ``owner/name``.
+
+    Parameters
+    ----------
+    where
+        ``revision``, ``token`` and `HUB_OPTIONS`, as `huggingface_hub` takes them.
 
     Raises
     ------
@@ -195,7 +203,7 @@ def fetch_exits(name: str | os.PathLike[str], revision: str | None, token: str |
         return Path(name)
     files = [_HEADS, _CONFIG, _CALIBRATION, _MEASURED, _CARD]
     try:
-        return Path(snapshot_download(str(name), revision=revision, token=token, allow_patterns=files))
+        return Path(snapshot_download(str(name), allow_patterns=files, **where))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise StorageError(
             f"folder {name} does not exist, and the Hub did not give it ({_reason(error)})"

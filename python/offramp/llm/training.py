@@ -249,7 +249,8 @@ class Trainer:
     checkpoint
         File to keep the state in, beside which the metrics go; ``None`` keeps none.
     identity
-        What the state belongs to: model, corpus, heads.  A checkpoint of something else is ignored.
+        What the state belongs to besides these heads and this configuration: the corpus, and with it the model.  A
+        checkpoint of something else is ignored.
     checkpoint_seconds
         Time between checkpoints.
     processes
@@ -291,7 +292,15 @@ class Trainer:
         self._log: MetricsLog | None = None
         self.checkpoint = checkpoint
         self.checkpoint_seconds = checkpoint_seconds
-        self.identity = _digest({"config": asdict(config), "rows": corpus.rows, **(identity or {})})
+        self.identity = _digest(
+            {
+                "config": asdict(config),
+                "head": heads.after(self.layers[0]).config.to_dict(),
+                "layers": self.layers,
+                "rows": corpus.rows,
+                **(identity or {}),
+            }
+        )
 
     def run(self, progress: Progress | None = None, watch: Watch | None = None) -> list[HeadMetrics]:
         """Train to the end, and give every head the parameters it agreed most with.
@@ -305,7 +314,7 @@ class Trainer:
         if self.checkpoint is not None and self.processes.first:
             self._log = MetricsLog(self.checkpoint.parent, self.history)
         if not self.history:
-            self._note(self.watch(), watch)
+            self._watch(watch)
         saved = time.monotonic()
         while self.step < self.total_steps and not self._settled():
             epoch, start = self._place()
@@ -315,7 +324,7 @@ class Trainer:
                 if progress is not None:
                     progress("training", self.step, self.total_steps)
                 if number in watches:
-                    self._note(self.watch(), watch)
+                    self._watch(watch)
                 if time.monotonic() - saved > self.checkpoint_seconds:
                     self._save()
                     saved = time.monotonic()
@@ -371,7 +380,9 @@ class Trainer:
             found.append(HeadMetrics(layer, self.step, self.tokens, loss, accuracy, entropy, coverage))
         return found
 
-    def _note(self, metrics: list[HeadMetrics], watch: Watch | None) -> None:
+    def _watch(self, watch: Watch | None) -> None:
+        # What is kept and when it ends follows from the metrics: processes that disagreed in a last bit would part.
+        metrics = self.processes.from_first(self.watch)
         self.history += metrics
         self.best.see(self.heads, metrics)
         if self._log is not None:
@@ -483,22 +494,29 @@ class Trainer:
             "tokens": str(self.tokens),
             "history": json.dumps([asdict(item) for item in self.history]),
         }
+        # Copies, because tied or sliced tensors share memory, which the format refuses.
+        copies = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
+        metadata["sha256"] = _checksum(metadata, copies)
         with written_whole(self.checkpoint) as temporary:
-            # Copies, because tied or sliced tensors share memory, which the format refuses.
-            copies = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
             save_file(copies, temporary, metadata=metadata)
 
     def _resume(self) -> None:
         if self.checkpoint is None or not self.checkpoint.exists():
             return
+        damaged = StorageError(f"cache: {self.checkpoint} is damaged; delete it to train anew")
         try:
             with safe_open(self.checkpoint, framework="pt") as file:
                 metadata = file.metadata() or {}
-                if metadata.get("identity") != self.identity:
-                    return
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
         except SafetensorError as error:
-            raise StorageError(f"cache: {self.checkpoint} is damaged; delete it to train anew") from error
+            raise damaged from error
+        checksum = metadata.pop("sha256", None)
+        if checksum is None:
+            return  # of an earlier version
+        if checksum != _checksum(metadata, tensors):
+            raise damaged
+        if metadata["identity"] != self.identity:
+            return
         with torch.no_grad():
             for name, parameter in self.heads.named_parameters():
                 parameter.copy_(tensors[f"head.{name}"])
@@ -578,6 +596,15 @@ def _schedule(step: int, total: int) -> float:
     if step < warm:
         return (step + 1) / warm
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
+
+
+def _checksum(metadata: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 of a state, to be kept in its own file: a file beside it could not be replaced in the same moment."""
+    found = hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def _digest(value: dict[str, Any]) -> str:

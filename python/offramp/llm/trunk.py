@@ -181,7 +181,7 @@ class Trunk:
         """Full-model logits (..., V) of the last layer's output (..., H)."""
         hidden = self.norm(hidden)
         # A plain matrix by the fastest product; what a quantised or sharded one is, only its module knows.
-        plain = self._lean is not None and hidden.ndim == 3 and lean.is_plain(self.output)
+        plain = self._lean is not None and lean.is_plain(self.output)
         logits = linear(hidden, self.output.weight, self.output.bias) if plain else self.output(hidden)
         return self.cap(logits if self.logit_factor == 1 else logits * self.logit_factor)
 

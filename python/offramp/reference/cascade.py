@@ -40,6 +40,7 @@ def calibrate_cascade(
     budget: Any = None,
     delta: float | None = None,
     groups: Any = None,
+    max_group_size: SupportsIndex | None = None,
     seed: int = 0,
     threads: SupportsIndex | None = None,
 ) -> Cascade:
@@ -49,7 +50,16 @@ def calibrate_cascade(
         raise InputError(f"scores has shape {values.shape}: give (K, N), a row for each of K heads")
     heads, samples = values.shape
     question = ask_cascade(
-        heads, samples, eps, mode=mode, costs=costs, budget=budget, delta=delta, groups=groups, seed=seed
+        heads,
+        samples,
+        eps,
+        mode=mode,
+        costs=costs,
+        budget=budget,
+        delta=delta,
+        groups=groups,
+        max_group_size=max_group_size,
+        seed=seed,
     )
     as_thread_count(threads)
     _require_valid(values, labels)
