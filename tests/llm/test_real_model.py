@@ -147,16 +147,24 @@ def test_teacher_forced_exits_are_decoded_exits(demo, exits):
     assert len(set(taken)) > 1
 
 
-def test_training_lowers_the_loss_and_the_deepest_head_knows_most(exits):
-    by_layer = {layer: [item for item in exits.history if item.layer == layer] for layer in exits.layers}
-    # Of all heads together: so few tokens teach a deep one little that its first map does not know.
-    assert (
-        sum(items[-1].loss for items in by_layer.values())
-        < sum(items[0].loss for items in by_layer.values()) - 0.2
-    )
-    last = [items[-1].accuracy for items in by_layer.values()]
+def test_the_deepest_head_knows_most(exits):
+    last = [items[-1].accuracy for items in history_by_layer(exits.history)]
     assert last[-1] == max(last) > last[0]
     assert last[-1] > 0.4
+
+
+def test_training_lowers_the_loss(demo, cache, exits):
+    """Of heads from scratch: to what the ridge regression of others knows at once, so few tokens add little."""
+    head = offramp.HeadConfig("linear", init="scratch", shortlist=2048)
+    ee = offramp.EarlyExitModel(*demo, layers=exits.layers[1:], head=head)
+    history = ee.train_heads(tokens=2_500, max_new_tokens=40, epochs=3, cache=cache)
+    for items in history_by_layer(history):
+        assert items[-1].loss < items[0].loss - 0.5
+
+
+def history_by_layer(history):
+    layers = sorted({item.layer for item in history})
+    return [[item for item in history if item.layer == layer] for layer in layers]
 
 
 def test_the_calibration_holds_on_its_own_tokens(exits):

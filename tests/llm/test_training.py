@@ -61,6 +61,24 @@ def test_the_loss_is_equation_one(weight):
     assert float(loss) == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_only_the_product_is_narrow_in_mixed_precision(weight):
+    features, matrix, bias, target = (part.float() for part in problem(rows=40, size=300))
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = torch.nn.functional.linear(features, matrix, bias).double()
+        loss, entropy = exit_loss(features, matrix, bias, target, weight)
+        gradient = exit_gradient(features, matrix, bias, target, weight)
+    assert loss.dtype == entropy.dtype == gradient.dtype == torch.float32
+    logits.requires_grad_()
+    log_q = logits.log_softmax(dim=-1)
+    own = -(log_q.exp() * log_q).sum(dim=-1)
+    expected = -(1 - weight) * (target.double() * log_q).sum() - weight * own.sum()
+    expected.backward()
+    torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(entropy.double(), own.detach(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(gradient.double(), logits.grad, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("weight", [0.0, 0.1, 0.95])
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_the_gradient_is_that_of_finite_differences(weight, with_bias):

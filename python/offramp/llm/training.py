@@ -163,8 +163,9 @@ def exit_loss(
         Entropy of the head's distribution, nats.
     """
     log_q = _log_probabilities(features, weight, bias, target.dtype)
-    cross_entropy = -torch.linalg.vecdot(target, log_q)
-    entropy = -torch.linalg.vecdot(log_q.exp(), log_q)
+    # No dot products: with bfloat16 products on, they would be rounded as those are.
+    cross_entropy = -(target * log_q).sum(dim=-1)
+    entropy = -log_q.exp().mul_(log_q).sum(dim=-1)
     return (1 - entropy_weight) * cross_entropy.sum() - entropy_weight * entropy.sum(), entropy
 
 
@@ -186,7 +187,7 @@ def exit_gradient(
         return torch.softmax(logits, dim=-1, dtype=target.dtype).sub_(target)
     log_q = _log_probabilities(features, weight, bias, target.dtype)
     q = log_q.exp()
-    log_q -= torch.linalg.vecdot(q, log_q)[:, None]
+    log_q -= (q * log_q).sum(dim=-1, keepdim=True)
     return torch.lerp(q - target, log_q.mul_(q), entropy_weight)
 
 
