@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional
 
 from offramp.llm.cache import GrowingCache, GrowingLayer
-from offramp.llm.products import WIDENS_HALVES, linear
+from offramp.llm.products import linear, widens
 
 Linear = tuple[torch.Tensor, torch.Tensor | None]
 Map = Callable[[torch.Tensor], torch.Tensor]
@@ -269,9 +269,7 @@ class Lean:
 
         Before the first token the model's modules do as well, in float32 to the last bit.
         """
-        return cached > 0 or (
-            WIDENS_HALVES and hidden.dtype in (torch.bfloat16, torch.float16) and hidden.device.type == "cpu"
-        )
+        return cached > 0 or widens(hidden)
 
     def _table(self, kind: str, length: int, hidden: torch.Tensor) -> Rotary:
         """Cosines and signed sines for at least ``length`` positions; the table grows by doubling."""

@@ -56,13 +56,18 @@ def linear(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     if hidden.device.type != "cpu" or not _slow(rows, hidden.dtype, len(weight)):
         return functional.linear(hidden, weight, bias)
     flat = hidden.reshape(rows, -1)
-    if hidden.dtype in _HALVES and WIDENS_HALVES:
+    if widens(hidden):
         columns = flat.T.float()
         found = torch.cat([torch.mm(part.float(), columns) for part in weight.split(_PART)]).to(hidden.dtype)
     else:
         found = _by_columns(flat, weight)
     found = found.T.contiguous().view(*hidden.shape[:-1], -1)
     return found if bias is None else found + bias
+
+
+def widens(hidden: torch.Tensor) -> bool:
+    """Whether several rows like these are multiplied in float32, and faster so than by a module of torch."""
+    return WIDENS_HALVES and hidden.dtype in _HALVES and hidden.device.type == "cpu"
 
 
 def _slow(rows: int, dtype: torch.dtype, height: int) -> bool:
