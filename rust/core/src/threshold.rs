@@ -8,7 +8,7 @@ use crate::exhaust::{by_counting, by_sorting, exhaust};
 use crate::ladder::{Bucketed, Ladder};
 use crate::order::Score;
 use crate::run::{Method, Run};
-use crate::samples::{Given, Lane};
+use crate::samples::{Given, Lane, Samples};
 use crate::search::search;
 use crate::survivors::{Left, Survivors};
 use crate::tally::{Counts, Criterion, Group, Target};
@@ -178,15 +178,24 @@ fn with_key<L: Lane>((lane, counts): Group<L>) -> Group<L::Key> {
     (lane.key(), counts)
 }
 
+/// The lowest group that meets each target, by the method that is asked for.
+fn find<X: Samples>(
+    samples: &X,
+    targets: &[impl Criterion],
+    rule: Rule,
+    run: &Run,
+) -> Result<Vec<Option<Group<X::Lane>>>> {
+    match run.method() {
+        Method::Fastest => search(samples, Counts::default(), targets, rule, run),
+        Method::Sort => exhaust(samples, Counts::default(), targets, rule, run),
+    }
+}
+
 macro_rules! search_or_sort {
     ($($score:ty),*) => {$(
         impl Calibratable for $score {
             fn lowest(samples: Given<Self>, targets: &[Target], rule: Rule, run: &Run) -> Groups<Self> {
-                let find = match run.method() {
-                    Method::Fastest => search,
-                    Method::Sort => exhaust,
-                };
-                let found = find(&samples, Counts::default(), targets, rule, run)?;
+                let found = find(&samples, targets, rule, run)?;
                 Ok(found.into_iter().map(|group| group.map(with_key)).collect())
             }
 
@@ -195,11 +204,7 @@ macro_rules! search_or_sort {
                 criterion: impl Criterion,
                 run: &Run,
             ) -> Result<Option<Group<Self::Key>>> {
-                let find = match run.method() {
-                    Method::Fastest => search,
-                    Method::Sort => exhaust,
-                };
-                let found = find(&samples, Counts::default(), &[criterion], Rule::Set, run)?;
+                let found = find(&samples, &[criterion], Rule::Set, run)?;
                 Ok(found[0].map(with_key))
             }
 
