@@ -193,7 +193,7 @@ def test_benchmarks_larger_than_the_budget_are_scored_anew(made, tiny, monkeypat
     work = stages.Work(folder, config, {}, ee, say, None)
     expected = stages.score(work)
     assert said == []
-    monkeypatch.setattr(stages.memory, "BUDGET", int(share * held[0].kept))
+    monkeypatch.setattr(stages, "BUDGET", int(share * held[0].kept))
     assert stages.score(work) == expected
     assert len(said) == 1
     assert "computed anew at every ε" in said[0]

@@ -13,11 +13,11 @@ import pytest
 from matplotlib.figure import Figure
 from offramp.evaluation.decoded import Decoded, Passage, Token, split_text
 from offramp.evaluation.demo import DemoConfig, DemoResult
+from offramp.evaluation.drawing import EVALUATION, PAPER, draw_figures
 from offramp.evaluation.evaluate import confidence_rows, curve_rows, reliability_rows, speed_rows
 from offramp.evaluation.findings import Findings
 from offramp.evaluation.forced import Point, Reading
 from offramp.evaluation.palette import line
-from offramp.evaluation.paper.drawing import EVALUATION, PAPER, draw_figures
 from offramp.evaluation.report import render_report
 from offramp.evaluation.shares import Shares
 from offramp.evaluation.speed import OFF, PLAIN, Speed, exits_at

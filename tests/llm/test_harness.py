@@ -28,6 +28,7 @@ from lm_eval.models.huggingface import HFLM
 from offramp import InputError
 from offramp.cli.app import run
 from offramp.evaluation.harness import LOCAL_TASKS, OfframpLM, find_tasks, local_tasks, task_scores
+from offramp.evaluation.memory import BUDGET, Remembered
 
 TASKS = Path(__file__).parents[1] / "data" / "lm_eval"
 NAMES = [*local_tasks(), "offramp_test_rolling", "offramp_test_continue"]
@@ -159,7 +160,7 @@ def test_positions_count_from_the_first_token():
 
 def test_texts_of_one_length_are_remembered_apart(exits):
     generator = torch.Generator().manual_seed(6)
-    keeping, plain = (OfframpLM(exits, eps=0.3, remember=remember) for remember in (True, False))
+    keeping, plain = (OfframpLM(exits, eps=0.3, remember=memory) for memory in (Remembered(BUDGET), None))
     for _ in range(2):
         tokens = torch.randint(6, 60, (2, 20), generator=generator)
         assert torch.equal(keeping._model_call(tokens), plain._model_call(tokens))
@@ -184,7 +185,7 @@ def test_a_temperature_asks_for_samples(exits, monkeypatch):
 
 def test_what_is_remembered_scores_as_what_is_run(exits, monkeypatch):
     plain = OfframpLM(exits, eps=0.3, batch_size=2)
-    keeping = OfframpLM(exits, eps=0.5, batch_size=2, remember=True)
+    keeping = OfframpLM(exits, eps=0.5, batch_size=2, remember=Remembered(BUDGET))
     fresh = list(task_scores(plain, ["offramp_endings"], limit=4))
     list(task_scores(keeping, ["offramp_endings"], limit=4))
     keeping.use(eps=0.3)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from offramp.cli.pipeline import check_eps_list, open_model
 from offramp.cli.session import Session
+from offramp.evaluation.drawing import PAPER, draw_figures
 from offramp.evaluation.evaluate import calibration_of
 from offramp.evaluation.paper.config import PaperConfig
-from offramp.evaluation.paper.drawing import PAPER, draw_figures
 from offramp.evaluation.paper.stages import make_figures
 from offramp.evaluation.report import render_report
 from offramp.llm.files import write_text

@@ -256,7 +256,7 @@ def evaluate(
     texts = (read_prompts(prompts) or shipped_prompts("held_out"))[:count]
     if output is not None:
         # Load matplotlib and jinja2; where one is missing, it is said before the work and not after it.
-        from offramp.evaluation.paper.drawing import EVALUATION, draw_figures  # noqa: PLC0415
+        from offramp.evaluation.drawing import EVALUATION, draw_figures  # noqa: PLC0415
         from offramp.evaluation.report import render_report  # noqa: PLC0415
 
         output.mkdir(parents=True, exist_ok=True)

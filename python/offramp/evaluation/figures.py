@@ -16,8 +16,8 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from offramp.evaluation.drawing import EVALUATION, WHOLE
 from offramp.evaluation.palette import COLOURS, line
-from offramp.evaluation.paper.drawing import EVALUATION, WHOLE
 from offramp.evaluation.speed import PLAIN
 
 if TYPE_CHECKING:

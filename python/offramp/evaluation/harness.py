@@ -24,6 +24,7 @@ from lm_eval.utils import setup_logging
 
 from offramp.decision import decide
 from offramp.errors import InputError
+from offramp.evaluation.memory import Remembered, States
 from offramp.llm.model import EarlyExitModel
 
 LOCAL_TASKS = Path(__file__).parent / "tasks"
@@ -51,9 +52,9 @@ class OfframpLM(HFLM):  # type: ignore[misc]  # untyped
         Use these thresholds instead, one a head.
     device, dtype : str, optional
         For loading the folder's base model.
-    remember : bool
-        Keep the hidden states at the exits of every batch that was scored, so that scoring the same requests at other
-        thresholds (`use`) runs no layer again.  Costs memory: (exits + 1) x hidden size floats a token.
+    remember : Remembered, optional
+        Where to keep the hidden states at the exits of every batch that is scored, so that scoring the same requests
+        at other thresholds (`use`) runs no layer again.  Costs memory: (exits + 1) x hidden size floats a token.
     **kwargs
         As for the harness's ``hf``: batch_size, max_length, truncation, add_bos_token, ...
     """
@@ -67,16 +68,14 @@ class OfframpLM(HFLM):  # type: ignore[misc]  # untyped
         thresholds: Sequence[float] | None = None,
         device: str | None = None,
         dtype: str | None = None,
-        remember: bool = False,
+        remember: Remembered | None = None,
         **kwargs: Any,
     ) -> None:
         ee = pretrained
         if not isinstance(ee, EarlyExitModel):
             ee = EarlyExitModel.from_pretrained(ee, device=device, dtype=dtype)
         self.exits = ee
-        self._known: dict[bytes, tuple[dict[int, torch.Tensor], torch.Tensor]] | None = (
-            {} if remember else None
-        )
+        self._known = remember
         self.use(mode=mode, eps=eps, thresholds=thresholds)
         # A copy, since the harness gives it a padding token.
         super().__init__(
@@ -125,7 +124,7 @@ class OfframpLM(HFLM):  # type: ignore[misc]  # untyped
         return logits
 
     @torch.no_grad()
-    def _states(self, tokens: torch.Tensor) -> tuple[dict[int, torch.Tensor], torch.Tensor]:
+    def _states(self, tokens: torch.Tensor) -> States:
         """Hidden states (B, T, H) after every exit, and after the last layer."""
         key = tokens.cpu().numpy().tobytes()
         if self._known is not None and key in self._known:

@@ -35,12 +35,11 @@ from offramp.evaluation.evaluate import (
 )
 from offramp.evaluation.findings import Findings
 from offramp.evaluation.forced import CONFIDENCES, Reading, read, sweep
+from offramp.evaluation.memory import BUDGET, Remembered
 from offramp.evaluation.metrics import areas
-from offramp.evaluation.paper import memory
 from offramp.evaluation.paper.comparing import difference_rows, tie_rows
 from offramp.evaluation.paper.config import PaperConfig
 from offramp.evaluation.paper.heads import SETTINGS, HeadSets, describe_heads
-from offramp.evaluation.paper.memory import Remembered
 from offramp.evaluation.speed import exits_at, measure_speed
 from offramp.evaluation.tables import read_csv, write_csv
 from offramp.llm.files import read_json, write_json
@@ -166,8 +165,8 @@ def score(work: Work) -> Rows:
     from offramp.evaluation.harness import OfframpLM, task_scores  # noqa: PLC0415 - an extra
 
     config, heads = work.config, describe_heads(work.main)
-    model = OfframpLM(work.main, mode="off", batch_size=8, remember=True)
-    model._known = remembered = Remembered(memory.BUDGET)
+    remembered = Remembered(BUDGET)
+    model = OfframpLM(work.main, mode="off", batch_size=8, remember=remembered)
     settings: list[dict[str, Any]] = [{"mode": "off"}, *({"eps": eps} for eps in config.grid)]
     rows: Rows = []
     for number, setting in enumerate(settings):
@@ -177,7 +176,7 @@ def score(work: Work) -> Rows:
             scores = list(task_scores(model, config.tasks, limit=config.documents))
         if remembered.full and not number:
             work.say(
-                f"The benchmarks' hidden states take more than {memory.BUDGET / 2**30:.1f} GiB: "
+                f"The benchmarks' hidden states take more than {BUDGET / 2**30:.1f} GiB: "
                 "the rest are computed anew at every ε, which takes longer"
             )
         for task, metric, value, error in scores:

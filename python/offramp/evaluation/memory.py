@@ -1,4 +1,4 @@
-"""Hidden states kept between two scorings of the same benchmarks, up to a budget.  For `stages`."""
+"""Hidden states kept between scorings of the same benchmarks, up to a budget.  For `harness` and `stages`."""
 
 from __future__ import annotations
 
