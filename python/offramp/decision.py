@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from offramp import _core
-from offramp.arrays import Floats, as_floats, bfloat16_to_float32, plain_tensor
+from offramp.arrays import Floats, as_floats, bfloat16_to_float32, tensor_memory
 from offramp.errors import InputError
 
 Tokens: TypeAlias = int | NDArray[np.int64]
@@ -64,9 +64,10 @@ def top2_margin(logits: Any) -> tuple[Tokens, Margins]:
     >>> token, round(margin, 6)
     (1, 0.5)
     """
-    if isinstance(logits, np.ndarray) and (row := _core.top2_margin_plain(logits)) is not None:
+    memory = (logits, None) if isinstance(logits, np.ndarray) else tensor_memory(logits)
+    if memory is not None and (row := _core.top2_margin_plain(*memory)) is not None:
         return row
-    values, dtype = plain_tensor(logits) or read_logits(logits)
+    values, dtype = read_logits(logits)
     if values.ndim == 1:
         return _core.top2_margin_row(values, dtype)
     return _core.top2_margin_rows(values, dtype)

@@ -51,19 +51,32 @@ fn in_rows<'a, T: Element>(array: &'a PyReadonlyArrayDyn<'_, T>) -> PyResult<&'a
     }
 }
 
-/// Token and margin of one row in a float32 or float16 numpy array that can be read as it is; None for all else.
+/// Token and margin of one row in a numpy array that can be read as it is; None for all else.
+///
+/// The array is of float32, of float16, or of uint16 that holds what `bits` names.
 #[pyfunction]
-pub fn top2_margin_plain(logits: &Bound<'_, PyAny>) -> PyResult<Option<Found>> {
+pub fn top2_margin_plain(logits: &Bound<'_, PyAny>, bits: Option<&str>) -> PyResult<Option<Found>> {
     if let Ok(logits) = logits.cast::<PyArray1<f32>>() {
-        return plain(logits);
+        return plain(logits, same);
     }
     if let Ok(logits) = logits.cast::<PyArray1<f16>>() {
-        return plain(logits);
+        return plain(logits, same);
     }
-    Ok(None)
+    match (bits, logits.cast::<PyArray1<u16>>()) {
+        (Some("bfloat16"), Ok(logits)) => plain(logits, <[u16]>::reinterpret_cast::<bf16>),
+        (Some("float16"), Ok(logits)) => plain(logits, <[u16]>::reinterpret_cast::<f16>),
+        _ => Ok(None),
+    }
 }
 
-fn plain<T: Logit + Element>(logits: &Bound<'_, PyArray1<T>>) -> PyResult<Option<Found>> {
+fn same<T>(values: &[T]) -> &[T] {
+    values
+}
+
+fn plain<T: Element, L: Logit>(
+    logits: &Bound<'_, PyArray1<T>>,
+    meant: impl Fn(&[T]) -> &[L],
+) -> PyResult<Option<Found>> {
     if !logits.is_c_contiguous() || !logits.data().is_aligned() {
         return Ok(None);
     }
@@ -71,7 +84,7 @@ fn plain<T: Logit + Element>(logits: &Bound<'_, PyArray1<T>>) -> PyResult<Option
         return Ok(None);
     };
     let Top2 { token, margin } =
-        top2_margin(isa::chosen()?, logits.as_slice()?).map_err(refused)?;
+        top2_margin(isa::chosen()?, meant(logits.as_slice()?)).map_err(refused)?;
     Ok(Some((token, margin)))
 }
 
