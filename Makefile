@@ -20,7 +20,7 @@ help: ## List the commands
 	@echo
 	@echo '  VENV=path     use or create another virtual environment (default: .venv)'
 	@echo '  PYTHON=path   make the environment with this Python, 3.11 or newer'
-	@echo '  ARGS="..."    hand options to make demo, bench'
+	@echo '  ARGS="..."    hand options to make demo, figures, bench'
 
 .PHONY: venv
 venv: $(VENV)/.made ## Create the virtual environment
@@ -31,6 +31,11 @@ build: $(VENV)/.built ## Build the Rust core and install offramp with all it nee
 .PHONY: demo
 demo: build ## Train exits on a small model, calibrate, generate, and write a report (at most 10 minutes)
 	@$(VENV)/bin/offramp demo $(ARGS)
+
+.PHONY: figures
+figures: build ## Make the paper's figures for the demo model (at most an hour; ARGS=--quick: ten minutes)
+	@$(INSTALL) --editable '.[$(RUN_EXTRAS),eval]'
+	@$(VENV)/bin/offramp figures demo $(ARGS)
 
 .PHONY: test
 test: $(VENV)/.tested lint ## Run every check and every test (at most 25 minutes)

@@ -188,13 +188,43 @@ def test_tau_of_another_type(module):
 def test_torch_tensors_are_read_as_their_numbers(dtype):
     logits = torch.randn(3, 700, generator=torch.Generator().manual_seed(1)).to(dtype)
     expected = reference.top2_margin(logits.float().numpy())
-    for given in (logits, logits.requires_grad_()):
+    for given in (logits, logits.clone().requires_grad_()):
         token, margin = top2_margin(given)
         np.testing.assert_array_equal(token, expected[0])
         np.testing.assert_array_equal(margin, expected[1])
         assert top2_margin(given[1]) == (expected[0][1], expected[1][1])
         assert top2_margin(given[:, ::2][1]) == reference.top2_margin(given.detach()[1, ::2].float().numpy())
     assert token.tolist() == logits.argmax(dim=1).tolist()
+
+
+@pytest.mark.parametrize("kind", [np.float32, torch.float32, torch.float16, torch.bfloat16])
+def test_one_row_goes_the_short_way_and_faults_are_told_as_ever(kind, monkeypatch):
+    make = np.array if kind is np.float32 else torch.tensor
+    row = make([0.0, 3.0, 1.0], dtype=kind)
+    with monkeypatch.context() as only:
+        only.setattr("offramp.decision.read_logits", lambda *_: pytest.fail("the long way"))
+        assert top2_margin(row) == reference.top2_margin(np.array([0.0, 3.0, 1.0], dtype=np.float32))
+    for values, words in (
+        ([], "empty"),
+        ([0.0, NAN], "nan at index 1"),
+        ([INF, 0.0], "inf at index 0"),
+        ([-INF, -INF], "row 0"),
+        (0.5, r"shape \(\)"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            top2_margin(make(values, dtype=kind))
+
+
+def test_what_only_looks_like_logits_is_refused():
+    masked = np.ma.masked_array(np.array([0.0, 3.0, 1.0], dtype=np.float32), mask=[False, True, False])
+    for given in (
+        masked,
+        np.array([0, 3, 1], dtype=np.uint16),
+        torch.tensor([0, 3, 1], dtype=torch.uint16),
+        torch.tensor([0.0, 3.0], dtype=torch.float64),
+    ):
+        with pytest.raises(TypeError, match="logits"):
+            top2_margin(given)
 
 
 def test_layouts_are_read_correctly_and_left_alone():

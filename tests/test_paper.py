@@ -112,6 +112,25 @@ def test_a_second_run_measures_nothing_again(made, command, monkeypatch):
     assert stamps == {path: path.stat().st_mtime_ns for path in folder.rglob("*.csv")}
 
 
+def test_numbers_of_other_settings_do_not_pass_for_those_asked_for(tiny, tmp_path, monkeypatch):
+    model, tokenizer = offramp.load_model(tiny, device="cpu")
+    config = replace(SMALL, tasks=())
+    first, _ = make_figures(model, tokenizer, tmp_path, config)
+    real = stages.write_csv
+
+    def stopped(path, rows):
+        real(path, rows)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stages, "write_csv", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        make_figures(model, tokenizer, tmp_path, replace(config, grid=(0.7,)))
+    monkeypatch.undo()
+    again, _ = make_figures(model, tokenizer, tmp_path, config)
+    assert again["forced"] == first["forced"]
+    assert {row["eps"] for row in again["forced"]} == set(config.grid)
+
+
 def test_an_interrupted_run_goes_on_where_it_stopped(tiny, tmp_path, monkeypatch):
     model, tokenizer = offramp.load_model(tiny, device="cpu")
     real, trained = offramp.EarlyExitModel.train_heads, []

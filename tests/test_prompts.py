@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from offramp.errors import InputError
-from offramp.llm.prompts import prompts
+from offramp.llm.prompts import prompts, topics
 
 SPLITS = ("training", "calibration", "held_out")
 KINDS = tomllib.loads(files("offramp.llm").joinpath("prompts.toml").read_text(encoding="utf-8"))
@@ -34,13 +34,29 @@ def test_splits_share_no_prompt_and_no_topic(one, other):
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_a_short_prefix_holds_every_kind_and_no_topic_twice(split):
-    topics = [topic for kind in KINDS.values() for topic in kind[split]]
-    head = prompts(split)[: len(topics)]
-    for topic in topics:
+    about = [topic for kind in KINDS.values() for topic in kind[split]]
+    head = prompts(split)[: len(about)]
+    for topic in about:
         assert sum(topic in prompt for prompt in head) >= 1, topic
-    first = prompts(split)[: len(topics) // 2]
+    first = prompts(split)[: len(about) // 2]
     kinds = {name for name, kind in KINDS.items() if any(t in p for t in kind[split] for p in first)}
     assert kinds == set(KINDS)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_every_prompt_has_its_topic(split):
+    found, numbers = prompts(split), topics(split)
+    about = {number: [] for number in numbers}
+    for prompt, number in zip(found, numbers, strict=True):
+        about[number].append(prompt)
+    words = [
+        (topic, [template.format(topic) for template in kind["templates"]])
+        for kind in KINDS.values()
+        for topic in kind[split]
+    ]
+    assert sorted(numbers)[:1] == [0]
+    assert set(numbers) == set(range(len(words)))
+    assert sorted(map(sorted, about.values())) == sorted(sorted(written) for _, written in words)
 
 
 @pytest.mark.parametrize("split", SPLITS)

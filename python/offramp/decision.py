@@ -64,7 +64,7 @@ def top2_margin(logits: Any) -> tuple[Tokens, Margins]:
     >>> token, round(margin, 6)
     (1, 0.5)
     """
-    memory = (logits, None) if isinstance(logits, np.ndarray) else tensor_memory(logits)
+    memory = (logits, None) if type(logits) is np.ndarray else tensor_memory(logits)
     if memory is not None and (row := _core.top2_margin_plain(*memory)) is not None:
         return row
     values, dtype = read_logits(logits)

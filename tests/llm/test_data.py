@@ -7,9 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from offramp import InputError, ModelError, StorageError
+from offramp import EarlyExitModel, InputError, ModelError, StorageError
 from offramp.llm.data import CorpusPlan, batches, corpus_bytes, prepare_corpus
 from offramp.llm.generating import continue_prompts
+from offramp.llm.prompts import prompts as prompts_of
+from offramp.llm.prompts import topics
 from offramp.llm.sequences import TokenSequence, as_sequences, encode_prompts
 from offramp.llm.states import teacher_forced
 from offramp.llm.trunk import Trunk
@@ -141,6 +143,48 @@ def test_the_split_keeps_prompts_whole_and_apart(trunk, starts, tmp_path):
         {tuple(corpus.sequence(int(n)).tokens[:3].tolist()) for n in numbers} for numbers in (train, watched)
     ]
     assert not begun[0] & begun[1]
+
+
+def test_a_topic_held_back_is_held_back_with_all_prompts_about_it(trunk, starts, tmp_path):
+    of = [place % 30 for place in range(60)]
+    corpus = prepare_corpus(trunk, CorpusPlan((2,), 600, 6, 9), tmp_path, prompts=starts[:60], topics=of)
+    first = {tuple(prompt.tolist()): topic for prompt, topic in zip(starts[:60], of, strict=True)}
+
+    def about(numbers):
+        found = [corpus.sequence(int(number)) for number in numbers]
+        return {first[tuple(item.tokens[: item.prompt_length].tolist())] for item in found}
+
+    train, watched = map(about, corpus.split())
+    assert train == set(range(30)) - {0, 25}
+    assert watched == {0, 25}
+
+
+class Lengths:
+    """A tokenizer of words by their length."""
+
+    chat_template = None
+
+    def __call__(self, text):
+        return {"input_ids": [6 + len(word) for word in text.split()]}
+
+
+def test_shipped_prompts_keep_their_order_and_a_users_are_mixed(model, monkeypatch):
+    ee, given = EarlyExitModel(model, Lengths(), layers=(2,)), []
+
+    def prepared(*_, prompts, topics, **__):
+        given.append(([prompt.tolist() for prompt in prompts], topics))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("offramp.llm.model.prepare_corpus", prepared)
+    own = ["x" * number for number in range(1, 60)]
+    for prompts in (None, own, own):
+        with pytest.raises(KeyboardInterrupt):
+            ee.train_heads(10, prompts=prompts)
+    shipped, mixed, again = given
+    assert shipped == ([Lengths()(text)["input_ids"] for text in prompts_of("training")], topics("training"))
+    assert mixed == again
+    assert mixed[1] is None
+    assert sorted(mixed[0]) == [[6 + len(text)] for text in own] != mixed[0]
 
 
 def test_batches_are_whole_sequences_in_another_order_each_epoch():
@@ -316,7 +360,7 @@ def test_prompts_are_continued_greedily_and_come_round_warmer(trunk, starts, tmp
     monkeypatch.setattr("offramp.llm.data.continue_prompts", recording)
     prepare_corpus(trunk, CorpusPlan((2,), 128 * 5, 5), tmp_path, prompts=starts[:32])
     assert len(set(asked)) == len(asked) == 128
-    assert {temperature for _, temperature in asked[:32]} == {0.0}
+    assert asked[:32] == [(tuple(prompt.tolist()), 0.0) for prompt in starts[:32]]
     assert len(set(seeds)) == len(seeds) == 2
 
 

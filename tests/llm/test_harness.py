@@ -240,6 +240,52 @@ def test_an_unknown_task_is_named(exits):
         list(task_scores(OfframpLM(exits), ["offramp_facts", "no_such_task"]))
 
 
+@pytest.fixture
+def groups(tmp_path):
+    """Tasks for a group with a score of its own, inside another, and for one without."""
+    part = "output_type: multiple_choice\ntest_split: test\n" + "".join(
+        f"{line}\n"
+        for line in (LOCAL_TASKS / "offramp_endings.yaml").read_text().splitlines()
+        if line.startswith(("doc_to", "metric_list", "  "))
+    )
+    for name in ("local.py", "endings.jsonl"):
+        (tmp_path / name).write_text((LOCAL_TASKS / name).read_text())
+    for name in "abc":
+        (tmp_path / f"{name}.yaml").write_text(
+            f"task: part_{name}\ncustom_dataset: !function local.endings\n{part}"
+        )
+    score = "aggregate_metric_list:\n  - metric: acc\n    weight_by_size: true\n"
+    (tmp_path / "inner.yaml").write_text(f"group: inner\ntask: [part_a, part_b]\n{score}")
+    (tmp_path / "outer.yaml").write_text(f"group: outer\ntask: [inner, part_c]\n{score}")
+    (tmp_path / "plain.yaml").write_text("group: plain\ntask: [part_a, part_b]\n")
+    return tmp_path
+
+
+@pytest.mark.usefixtures("own_tasks_only")
+@pytest.mark.parametrize(
+    ("task", "scored"), [("outer", {"outer"}), ("inner", {"inner"}), ("plain", {"part_a", "part_b"})]
+)
+def test_a_group_with_a_score_stands_for_its_tasks(exits, groups, monkeypatch, task, scored):
+    monkeypatch.setattr("offramp.evaluation.harness.LOCAL_TASKS", groups)
+    found = list(task_scores(OfframpLM(exits, eps=0.3), [task], limit=2))
+    assert {name for name, *_ in found} == scored
+
+
+@pytest.mark.usefixtures("own_tasks_only")
+def test_data_that_cannot_be_had_is_a_sentence(exits, groups, monkeypatch):
+    (groups / "local.py").write_text("def endings():\n    raise ConnectionError('no way to the hub')\n")
+    with pytest.raises(InputError, match="tasks part_a cannot be loaded: no way to the hub"):
+        find_tasks(["part_a"], [groups])
+    exits.model.save_pretrained(groups / "model")
+    monkeypatch.setattr(
+        "offramp.evaluation.harness.HarnessCLI.execute",
+        lambda *_: (_ for _ in ()).throw(ConnectionError("no way to the hub")),
+    )
+    code, _, err = command("--model", "offramp", "--tasks", "part_a")
+    assert code == 2
+    assert err.splitlines()[-1].endswith("the data of the tasks cannot be had: no way to the hub")
+
+
 def command(*arguments):
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import random
 import signal
@@ -20,7 +21,7 @@ import resumable
 import torch
 from offramp import EarlyExitModel, HeadConfig, InputError, StorageError
 from offramp.llm.data import CorpusPlan, prepare_corpus
-from offramp.llm.heads import choose_shortlist, fit_linear, make_head
+from offramp.llm.heads import AdapterHead, choose_shortlist, fit_linear, make_head
 from offramp.llm.sequences import as_sequences
 from offramp.llm.training import (
     HeadMetrics,
@@ -112,6 +113,16 @@ def test_the_teacher_is_the_models_softmax(model, texts):
     torch.testing.assert_close(partial, spread, rtol=1e-4, atol=1e-6)
 
 
+def test_a_narrow_model_teaches_with_the_logits_it_has():
+    """With other ones, rounding would pass for probability outside the list."""
+    trunk = Trunk(make_model().bfloat16())
+    hidden = torch.randn(40, trunk.hidden_size, generator=torch.Generator().manual_seed(0)).bfloat16()
+    logits = trunk.logits(hidden).float()
+    assert float(logits.amax()) > 8  # where bfloat16 is coarse
+    taught = Teacher(trunk, None).probabilities(hidden, logits.logsumexp(dim=-1))
+    torch.testing.assert_close(taught, logits.softmax(dim=-1), rtol=1e-5, atol=1e-6)
+
+
 def test_ridge_finds_a_linear_map():
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(500, 8, generator=generator)
@@ -166,11 +177,20 @@ class StopError(Exception):
     pass
 
 
-def trainer_of(model, texts, folder, seed=4, head=HeadConfig("mlp", shortlist=50)):  # noqa: B008  # frozen
+def trainer_of(
+    model,
+    texts,
+    folder,
+    seed=4,
+    head=HeadConfig("mlp", shortlist=50),  # noqa: B008  # frozen
+    learning_rate=None,
+):
     trunk = Trunk(model)
     sequences = as_sequences(texts, None, max_positions=160)
     corpus = prepare_corpus(trunk, CorpusPlan((2, 4), 5000), folder / "corpus", sequences=sequences)
-    config = TrainingConfig(epochs=2, batch_size=32, seed=seed, precision="float32")
+    config = TrainingConfig(
+        epochs=2, batch_size=32, learning_rate=learning_rate, seed=seed, precision="float32"
+    )
     heads = build_heads(trunk, corpus, (2, 4), head, seed)
     return Trainer(
         trunk,
@@ -417,6 +437,36 @@ def test_the_rate_warms_up_and_falls_to_nothing(model, texts, tmp_path):
     trainer = trainer_of(model, texts, tmp_path)
     trainer.run()
     assert trainer.optimizer.param_groups[0]["lr"] < 1e-3 * 1e-2
+
+
+def test_heads_of_a_users_kind_are_asked_for_their_rate(model, texts, tmp_path, monkeypatch):
+    monkeypatch.setattr(AdapterHead, "peak_rate", lambda _, skipped: skipped)
+    trainer = trainer_of(model, texts, tmp_path, head=HeadConfig("adapter", shortlist=50))
+    assert trainer.peaks == pytest.approx({2: 4 / 6, 4: 2 / 6})
+    for rate in (0.0, -1.0, math.nan, math.inf):
+        monkeypatch.setattr(AdapterHead, "peak_rate", lambda *_, rate=rate: rate)
+        with pytest.raises(InputError, match="peak_rate of head kind 'adapter' gives"):
+            trainer_of(model, texts, tmp_path, head=HeadConfig("adapter", shortlist=50))
+
+
+def test_every_head_has_the_rate_that_suits_it_unless_one_is_given(model, texts, tmp_path):
+    assert model.config.num_hidden_layers == 6
+
+    def rates(kind, learning_rate=None):
+        head = HeadConfig(kind, shortlist=50)
+        trainer = trainer_of(model, texts, tmp_path, head=head, learning_rate=learning_rate)
+        before = [[parameter.clone() for parameter in head.parameters()] for head in trainer.heads.values()]
+        trainer.train_step(trainer.train[:4])
+        # The first step of AdamW moves every parameter by the rate, where it has a gradient.
+        return [
+            max(float((now - then).abs().max()) for now, then in zip(head.parameters(), old, strict=True))
+            / _schedule(0, trainer.total_steps)
+            for head, old in zip(trainer.heads.values(), before, strict=True)
+        ]
+
+    assert rates("adapter") == pytest.approx([9e-3 * 4 / 6, 9e-3 * 2 / 6], rel=0.02)
+    assert rates("adapter", 0.02) == pytest.approx([0.02, 0.02], rel=0.02)
+    assert rates("mlp") == pytest.approx([1e-3, 1e-3], rel=0.02)
 
 
 def test_a_linear_head_starts_as_the_models_own_output():

@@ -72,7 +72,7 @@ def demo(session: Session, *, folder: Path, tokens: int, dtype: str | None, devi
 )
 @click.option("--epochs", type=COUNT, default=2, show_default=True, help="Passes over them.")
 @click.option("--batch-size", type=COUNT, default=256, show_default=True, help="Tokens a step, at least.")
-@click.option("--learning-rate", type=float, default=1e-3, show_default=True, help="Its peak.")
+@click.option("--learning-rate", type=float, help="Its peak; default: what suits each head.")
 @click.option(
     "--precision",
     type=click.Choice(["auto", "float32", "bfloat16"]),
@@ -105,7 +105,7 @@ def train(
     max_new_tokens: int,
     epochs: int,
     batch_size: int,
-    learning_rate: float,
+    learning_rate: float | None,
     precision: str,
     entropy_weight: float,
     cache: Path | None,
@@ -117,7 +117,7 @@ def train(
 
     They learn from text that MODEL writes itself.  The cache keeps it, the state of the training, and its
     metrics: a run that was broken off goes on, and other layers or kinds of head need no new text.  Under
-    `accelerate launch` several processes train together.
+    `torchrun --no-python` several processes train together.
 
     MODEL is "demo", a Hugging Face Hub id, a local folder, or a GGUF file.
     """

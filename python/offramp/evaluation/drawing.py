@@ -114,8 +114,8 @@ def _score(figure: Figure, rows: Rows) -> None:
         metric = next((name for name in ("acc_norm", "acc", "exact_match") if name in metrics), min(metrics))
         found = [row for row in rows if row["task"] == task and row["metric"] == metric]
         look = line(place)
-        # Side by side, so that the bars of one benchmark do not hide those of another.
-        aside = 0.006 * (place - (len(tasks) - 1) / 2)
+        # Side by side, so that the bars of one benchmark do not hide those of another, nor stray to the next ε.
+        aside = min(0.006, 0.03 / len(tasks)) * (place - (len(tasks) - 1) / 2)
         for whole in (False, True):
             shown = [row for row in found if math.isfinite(row["eps"]) != whole]
             ax.errorbar(

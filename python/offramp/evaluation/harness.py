@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import itertools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -184,10 +184,12 @@ def task_scores(
     task, metric : str
     value, standard_error : float
 
+    Of a group of tasks that has a score of its own, such as ``mmlu``, that one alone.
+
     Raises
     ------
     InputError
-        Naming a task that does not exist.
+        Naming a task that does not exist, or cannot be loaded.
     """
     manager = find_tasks(tasks, folders)
     found = lm_eval.simple_evaluate(
@@ -200,7 +202,10 @@ def task_scores(
         bootstrap_iters=1000,
     )
     assert found is not None
+    inside = _inside(found.get("groups", ()), found["group_subtasks"])
     for task, metrics in found["results"].items():
+        if task in inside:
+            continue
         for name, value in metrics.items():
             metric, _, filter_name = name.partition(",")
             if filter_name and not metric.endswith("_stderr"):
@@ -208,14 +213,39 @@ def task_scores(
                 yield task, metric, float(value), float(error) if isinstance(error, float) else float("nan")
 
 
+def _inside(groups: Iterable[str], members: Mapping[str, Sequence[str]]) -> set[str]:
+    """Tasks and groups within groups, at any depth."""
+    found: set[str] = set()
+    waiting = list(groups)
+    while waiting:
+        new = set(members.get(waiting.pop(), ())) - found
+        found |= new
+        waiting += new
+    return found
+
+
 def find_tasks(tasks: Sequence[str], folders: Sequence[Path] = ()) -> TaskManager:
-    """Return the harness's task manager, local tasks included, once it is known to have all tasks.
+    """Return the harness's task manager, local tasks included, once it has loaded all tasks with their data.
 
     Raises
     ------
     InputError
-        Naming a task that does not exist.
+        Naming a task that does not exist, or saying why one cannot be loaded.
     """
+    manager = _manager_of(tasks, folders)
+    try:
+        manager.load(list(tasks))
+    # Data come from the network, through several libraries that each have errors of their own.
+    except Exception as error:
+        raise InputError(f"tasks {', '.join(tasks)} cannot be loaded: {_first_line(error)}") from error
+    return manager
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _manager_of(tasks: Sequence[str], folders: Sequence[Path]) -> TaskManager:
     local = [str(folder) for folder in (LOCAL_TASKS, *folders)]
     # The harness's own thousands of tasks take it seconds to list, so they are listed only when asked for.
     manager = TaskManager(include_path=local, include_defaults=False)
@@ -256,6 +286,13 @@ def run_command(arguments: Sequence[str]) -> None:
     except ValueError as error:
         if str(error).startswith("Tasks not found"):
             raise InputError(f"{error}: `lm_eval ls tasks` lists what there is") from error
+        if str(error).startswith("Duplicate task"):
+            raise InputError(f"{error}: name it once") from error
         raise
+    except OSError as error:
+        # What the system says of a file or a disk is told as such elsewhere; the rest is data that cannot be had.
+        if error.errno is not None or error.filename is not None:
+            raise
+        raise InputError(f"the data of the tasks cannot be had: {_first_line(error)}") from error
     finally:
         sys.argv = kept

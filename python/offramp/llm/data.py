@@ -31,14 +31,14 @@ from offramp.llm.trunk import Trunk
 FIT_ROWS = 20_000
 """Rows a head's first linear map is fitted on."""
 
-_FORMAT = 3
+_FORMAT = 4
 _BATCH = 96
 _LOGITS_CHUNK = 256
 # Every prompt is continued greedily first, which is what calibration and serving see; warmer continuations are more
 # text of the same prompts.
 _TEMPERATURES = (0.0, 0.5, 0.8, 1.0)
-# One prompt in so many is kept from training, to watch it.
-_WATCHED_PROMPTS = 25
+# One topic in so many is kept from training, to watch it.
+_WATCHED_TOPICS = 25
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Corpus:
     """Shards of whole sequences in a folder.
 
     A shard's text file holds ``tokens`` of its sequences one after the other, their ``lengths``, ``prompt_lengths``
-    and ``prompts`` (the number of the prompt each began with), and for every generated token ``final`` (H,), the
+    and ``topics`` (the number of what each is about), and for every generated token ``final`` (H,), the
     residual before the last norm where it was predicted, ``log_normalizer`` and ``top``.  A layer's file holds
     ``hidden`` (H,) after that layer for every token of every sequence but the last.
 
@@ -157,12 +157,12 @@ class Corpus:
     def split(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Numbers of the sequences for training and of those for watching it.
 
-        Every 25th prompt is held back with all that was made of it; of one prompt alone nothing is.
+        Every 25th topic is held back with all that was made of it; of one topic alone nothing is.
         """
-        prompts = torch.cat([shard.text["prompts"] for shard in self.shards])
-        held = prompts % _WATCHED_PROMPTS == 0
+        topics = torch.cat([shard.text["topics"] for shard in self.shards])
+        held = topics % _WATCHED_TOPICS == 0
         if not held.any() or held.all():
-            held = torch.unique(prompts, return_inverse=True)[1] % _WATCHED_PROMPTS == 0
+            held = torch.unique(topics, return_inverse=True)[1] % _WATCHED_TOPICS == 0
         if held.all():
             held = ~held
         return (~held).nonzero().flatten(), held.nonzero().flatten()
@@ -308,6 +308,7 @@ def prepare_corpus(
     folder: str | os.PathLike[str],
     *,
     prompts: Sequence[torch.Tensor] | None = None,
+    topics: Sequence[int] | None = None,
     sequences: Sequence[TokenSequence] | None = None,
     end_tokens: Sequence[int] = (),
     progress: Progress | None = None,
@@ -321,7 +322,10 @@ def prepare_corpus(
     folder
         Where it is or will be.  A folder that holds a corpus of another model, text or seed is refused.
     prompts
-        Token ids of starting prompts, continued by the model itself.
+        Token ids of starting prompts, continued by the model itself, in this order.
+    topics
+        Number of what each prompt is about, so that what is held back is about something else than what is trained
+        on; default: each about something of its own.
     sequences
         The user's own text instead: nothing is generated, and of more than ``plan.tokens`` tokens only so many
         sequences are drawn as reach them.
@@ -338,7 +342,8 @@ def prepare_corpus(
     corpus.open(plan.tokens)
     _check_room(corpus, corpus_bytes(trunk, plan, prompts=prompts, sequences=sequences))
     if prompts is not None:
-        _generate(corpus, trunk, plan, prompts, end_tokens, progress)
+        about = range(len(prompts)) if topics is None else topics
+        _generate(corpus, trunk, plan, prompts, about, end_tokens, progress)
     else:
         _read_own(corpus, trunk, plan, sequences or (), progress)
     corpus.complete(trunk, plan.layers, progress)
@@ -373,19 +378,19 @@ def _generate(
     trunk: Trunk,
     plan: CorpusPlan,
     prompts: Sequence[torch.Tensor],
+    topics: Sequence[int],
     end_tokens: Sequence[int],
     progress: Progress | None,
 ) -> None:
-    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(plan.seed)).tolist()
     while corpus.rows < plan.tokens:
         # Seeded by shard, so that a resumed run makes the shards an uninterrupted one would have made.
         generator = torch.Generator().manual_seed(plan.seed * 1_000_003 + len(corpus.shards))
         rows = min(_BATCH, -(-(plan.tokens - corpus.rows) // plan.max_new_tokens))
-        turns = [divmod(number, len(order)) for number in range(len(corpus), len(corpus) + rows)]
+        turns = [divmod(number, len(prompts)) for number in range(len(corpus), len(corpus) + rows)]
         fitted = _fitted(trunk) if corpus.rows < FIT_ROWS else ()
         written = continue_prompts(
             trunk,
-            [prompts[order[place]] for _, place in turns],
+            [prompts[place] for _, place in turns],
             max_new_tokens=plan.max_new_tokens,
             end_tokens=end_tokens,
             temperatures=[_TEMPERATURES[turn % len(_TEMPERATURES)] for turn, _ in turns],
@@ -393,7 +398,7 @@ def _generate(
             capture=sorted({*plan.layers, *fitted}),
         )
         text = {
-            **_text(written.sequences, [order[place] for _, place in turns]),
+            **_text(written.sequences, [topics[place] for _, place in turns]),
             "final": torch.cat(written.final).cpu(),
             "log_normalizer": torch.cat(written.log_normalizer).cpu(),
             "top": torch.cat(written.top).cpu(),
@@ -451,12 +456,12 @@ def _taken(
     return text, {layer: _stored(torch.cat([held[layer] for held in hidden])) for layer in layers}
 
 
-def _text(sequences: Sequence[TokenSequence], prompts: Sequence[int]) -> dict[str, torch.Tensor]:
+def _text(sequences: Sequence[TokenSequence], topics: Sequence[int]) -> dict[str, torch.Tensor]:
     return {
         "tokens": torch.cat([item.tokens for item in sequences]).int(),
         "lengths": torch.tensor([len(item.tokens) for item in sequences], dtype=torch.int32),
         "prompt_lengths": torch.tensor([item.prompt_length for item in sequences], dtype=torch.int32),
-        "prompts": torch.tensor(prompts, dtype=torch.int32),
+        "topics": torch.tensor(topics, dtype=torch.int32),
     }
 
 

@@ -33,6 +33,7 @@ from offramp.llm.loading import load_model
 from offramp.llm.planning import Plan, make_plan, measure_costs
 from offramp.llm.processes import Processes
 from offramp.llm.prompts import prompts as shipped_prompts
+from offramp.llm.prompts import topics as shipped_topics
 from offramp.llm.scoring import Scores, agreement, score_sequences
 from offramp.llm.sequences import TokenSequence, as_sequences, check_length, encode_prompts, hash_of
 from offramp.llm.staging import Stage
@@ -144,7 +145,7 @@ class EarlyExitModel:
         cache: str | os.PathLike[str] | None = None,
         epochs: int = 2,
         batch_size: int = 256,
-        learning_rate: float = 1e-3,
+        learning_rate: float | None = None,
         entropy_weight: float = 0.0,
         precision: Literal["auto", "float32", "bfloat16"] = "auto",
         patience: int | None = 2,
@@ -188,12 +189,16 @@ class EarlyExitModel:
         StorageError
             If ``cache`` is damaged or belongs to something else.
         """
-        processes = Processes()
+        processes = Processes(self._trunk.device)
         if processes.count > 1 and cache is None:
             raise InputError("cache: processes that train together share the corpus in it; give a folder")
         config = TrainingConfig(epochs, batch_size, learning_rate, entropy_weight, seed, precision, patience)
         plan = CorpusPlan(self.layers, tokens, max_new_tokens, seed)
         own, starts = self._text(prompts, sequences, "training")
+        if prompts is not None and starts is not None:
+            # Shipped ones are mixed as they come; of others a part would otherwise be the first kinds alone.
+            order = torch.randperm(len(starts), generator=torch.Generator().manual_seed(seed)).tolist()
+            starts = [starts[place] for place in order]
         with tempfile.TemporaryDirectory(prefix="offramp-") as scratch:
             folder = Path(cache if cache is not None else scratch)
             # The first process makes what is missing; the others then find it.
@@ -204,6 +209,7 @@ class EarlyExitModel:
                 plan,
                 folder / "corpus",
                 prompts=starts,
+                topics=shipped_topics("training") if prompts is None else None,
                 sequences=own,
                 end_tokens=self._end_tokens(),
                 progress=progress,
@@ -230,6 +236,7 @@ class EarlyExitModel:
             "tokens": rows,
             "text_hash": hash_of(starts if starts is not None else own or []),
             **asdict(config),
+            "learning_rate": trainer.peaks,
             "metrics": [asdict(item) for item in best_of(history)],
         }
         return history

@@ -16,15 +16,22 @@ T = TypeVar("T")
 
 
 class Processes:
-    """Tell this process among those that train together; alone unless a launcher started more."""
+    """Tell this process among those that train together; alone unless a launcher started more.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    device : torch.device, optional
+        Where they train; default: on CUDA where there is one.
+    """
+
+    def __init__(self, device: torch.device | None = None) -> None:
         self.count, self.rank = 1, 0
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             from accelerate import PartialState  # noqa: PLC0415  # slow to import, and seldom needed
 
             # The others wait for the first while it generates, which may take hours.
-            state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=7))
+            cpu = device.type == "cpu" if device is not None else not torch.cuda.is_available()
+            state = PartialState(cpu=cpu, timeout=timedelta(days=7))
             self.count, self.rank = state.num_processes, state.process_index
 
     @property
@@ -42,6 +49,15 @@ class Processes:
         summed: torch.Tensor = reduce(flat, reduction="sum")
         for tensor, part in zip(tensors, summed.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
+
+    def share(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Put in every tensor, in place, what the first process has in it."""
+        if self.count == 1:
+            return
+        from accelerate.utils import broadcast  # noqa: PLC0415
+
+        for tensor in tensors:
+            tensor.copy_(broadcast(tensor.clone()))
 
     def from_first(self, make: Callable[[], T]) -> T:
         """Give what the first process makes, in all of them; the others make nothing."""

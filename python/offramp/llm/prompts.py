@@ -50,22 +50,30 @@ def prompts(split: Split) -> list[str]:
     >>> set(prompts("training")) & set(prompts("held_out"))
     set()
     """
-    if split not in get_args(Split):
-        raise InputError(f"split must be 'training', 'calibration' or 'held_out', not {split!r}")
-    return list(_compose(split))
+    return [prompt for prompt, _ in _compose(split)]
+
+
+def topics(split: Split) -> list[int]:
+    """Return the number of every prompt's topic, in their order: the place of the first prompt about it."""
+    first: dict[tuple[int, int], int] = {}
+    return [first.setdefault(topic, place) for place, (_, topic) in enumerate(_compose(split))]
 
 
 @cache
-def _compose(split: Split) -> tuple[str, ...]:
+def _compose(split: Split) -> tuple[tuple[str, tuple[int, int]], ...]:
+    """Every prompt with its topic: number of the kind, and of the topic in it."""
+    if split not in get_args(Split):
+        raise InputError(f"split must be 'training', 'calibration' or 'held_out', not {split!r}")
     kinds = tomllib.loads(files("offramp.llm").joinpath("prompts.toml").read_text(encoding="utf-8"))
-    ordered: list[tuple[int, float, str]] = []
-    for kind in kinds.values():
+    ordered: list[tuple[int, float, str, tuple[int, int]]] = []
+    for number, kind in enumerate(kinds.values()):
         templates: list[str] = kind["templates"]
-        topics: list[str] = kind[split]
-        for index, topic in enumerate(topics):
+        about: list[str] = kind[split]
+        for index, topic in enumerate(about):
             # Every round takes each topic once; neighbours start at different templates, and a kind's topics
             # are spread evenly over the round, so that a prefix holds the kinds in their proportions.
-            place = (index + 0.5) / len(topics)
+            place = (index + 0.5) / len(about)
             for turn in range(len(templates)):
-                ordered.append((turn, place, templates[(index + turn) % len(templates)].format(topic)))
-    return tuple(prompt for _, _, prompt in sorted(ordered))
+                prompt = templates[(index + turn) % len(templates)].format(topic)
+                ordered.append((turn, place, prompt, (number, index)))
+    return tuple((prompt, topic) for _, _, prompt, topic in sorted(ordered))

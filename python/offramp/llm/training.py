@@ -29,7 +29,7 @@ from offramp.llm.files import written_whole
 from offramp.llm.heads import ExitHead, ExitHeads, HeadConfig, choose_shortlist, make_head, output_rows
 from offramp.llm.metrics import MetricsLog
 from offramp.llm.processes import Processes
-from offramp.llm.products import BFLOAT16_PRODUCTS
+from offramp.llm.products import BFLOAT16_PRODUCTS, linear
 from offramp.llm.states import Progress
 from offramp.llm.trunk import Trunk
 
@@ -54,8 +54,9 @@ class TrainingConfig:
         Passes over the corpus.
     batch_size : int
         Generated tokens a step, at least, in whole sequences; small batches train better than few large ones.
-    learning_rate : float
-        Peak of AdamW's rate: linear warm-up over the first twentieth of the steps, then a cosine to zero.
+    learning_rate : float, optional
+        Peak of AdamW's rate: linear warm-up over the first twentieth of the steps, then a cosine to zero.  ``None``:
+        what suits each head, from its `ExitHead.peak_rate`.
     entropy_weight : float
         λ of equation (1), in [0, 1): the weight of the entropy bonus.
     seed : int
@@ -70,7 +71,7 @@ class TrainingConfig:
 
     epochs: int = 2
     batch_size: int = 256
-    learning_rate: float = 1e-3
+    learning_rate: float | None = None
     entropy_weight: float = 0.0
     seed: int = 0
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -84,7 +85,7 @@ class TrainingConfig:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise InputError(f"{name} is {value!r}: give a whole number of at least 1")
-        if not self.learning_rate > 0:
+        if self.learning_rate is not None and not self.learning_rate > 0:
             raise InputError(f"learning_rate is {self.learning_rate!r}: give a positive number")
         if not 0 <= self.entropy_weight < 1:
             raise InputError(
@@ -209,16 +210,20 @@ class Teacher:
     def __init__(self, trunk: Trunk, shortlist: torch.Tensor | None) -> None:
         self.norm = trunk.norm
         self.cap = trunk.cap
-        self.weight, self.bias = output_rows(trunk, shortlist)
+        weight, bias = output_rows(trunk, shortlist)
+        # In the model's own precision, as its log normalizer was: an error of a logit is a factor of a probability, and
+        # what rounding takes from the sum would pass for probability outside the list.
+        self.weight = weight.to(trunk.dtype)
+        self.bias = None if bias is None else bias.to(trunk.dtype)
 
     @torch.no_grad()
     def probabilities(self, final: torch.Tensor, log_normalizer: torch.Tensor) -> torch.Tensor:
         """Return (n, S), each row summing to 1, for last states (n, H) and the model's log normalizers (n,)."""
         device = self.weight.device
-        # In full precision whatever the heads are trained in: an error of a logit is a factor of a probability.
+        # Whatever the heads are trained in.
         with torch.autocast(device.type, enabled=False):
-            features = self.norm(final.to(device)).float()
-            logits = self.cap(torch.nn.functional.linear(features, self.weight, self.bias))
+            features = self.norm(final.to(device)).to(self.weight.dtype)
+            logits = self.cap(linear(features, self.weight, self.bias)).float()
             listed = logits.sub_(log_normalizer.to(device)[:, None]).exp_()
             missing = (1 - listed.sum(dim=-1, keepdim=True)).clamp(min=0)
             listed += missing / listed.shape[-1]
@@ -284,9 +289,11 @@ class Trainer:
         self.steps = [len(self._batches(epoch)) for epoch in range(config.epochs)]
         self.total_steps = sum(self.steps)
         self.parameters = [p for p in heads.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=config.learning_rate, weight_decay=0.0, fused=True
-        )
+        self.peaks = {
+            layer: config.learning_rate or _peak_rate(heads.after(layer), 1 - layer / trunk.num_layers)
+            for layer in self.layers
+        }
+        self.optimizer = torch.optim.AdamW(_groups(heads, self.peaks), weight_decay=0.0, fused=True)
         self.step = self.tokens = 0
         self.history: list[HeadMetrics] = []
         self.best = Best(heads)
@@ -298,6 +305,7 @@ class Trainer:
                 "config": asdict(config),
                 "head": heads.after(self.layers[0]).config.to_dict(),
                 "layers": self.layers,
+                "peaks": list(self.peaks.values()),
                 "rows": corpus.rows,
                 **(identity or {}),
             }
@@ -312,13 +320,17 @@ class Trainer:
             Of every head, shallow to deep, each time they were watched.
         """
         self._resume()
+        self._start_alike()
         if self.checkpoint is not None and self.processes.first:
             self._log = MetricsLog(self.checkpoint.parent, self.history)
         if not self.history:
             self._watch(watch)
         saved = time.monotonic()
-        while self.step < self.total_steps and not self._settled():
+        while self.step < self.total_steps:
             epoch, start = self._place()
+            # Asked between epochs only, so that a training gone on with ends where one in one go does.
+            if not start and self._settled():
+                break
             watches = _watches(self.steps[epoch])
             for number, batch in enumerate(self._batches(epoch)[start:], start + 1):
                 self.train_step(batch)
@@ -337,9 +349,9 @@ class Trainer:
 
     def train_step(self, numbers: torch.Tensor) -> None:
         """Take one step on a batch of sequences, in as many pieces as the memory set aside for them asks."""
-        rate = self.config.learning_rate * _schedule(self.step, self.total_steps)
+        share = _schedule(self.step, self.total_steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = group["peak"] * share
         for parameter in self.parameters:
             parameter.grad = torch.zeros_like(parameter)
         total = int(self.generated[numbers].sum())
@@ -380,6 +392,17 @@ class Trainer:
             accuracy = float(correct.mean())
             found.append(HeadMetrics(layer, self.step, self.tokens, loss, accuracy, entropy, coverage))
         return found
+
+    def _start_alike(self) -> None:
+        """Let all processes begin with the first one's parameters, at the same step."""
+        step = self.processes.from_first(lambda: self.step)
+        if step != self.step:
+            raise StorageError(
+                f"cache: one process begins at step {self.step} and the first at step {step}; "
+                "give all of them a folder they share"
+            )
+        floats = (tensor for tensor in self.heads.state_dict().values() if tensor.is_floating_point())
+        self.processes.share(list(floats))
 
     def _watch(self, watch: Watch | None) -> None:
         # What is kept and when it ends follows from the metrics: processes that disagreed in a last bit would part.
@@ -584,6 +607,28 @@ def best_of(history: Sequence[HeadMetrics]) -> list[HeadMetrics]:
         if item.layer not in best or item.accuracy > best[item.layer].accuracy:
             best[item.layer] = item
     return [best[layer] for layer in sorted(best)]
+
+
+def _peak_rate(head: ExitHead, skipped: float) -> float:
+    """Ask a head, possibly of a kind of the user's own, what rate suits it."""
+    rate = float(head.peak_rate(skipped))
+    if not 0 < rate < math.inf:
+        raise InputError(
+            f"peak_rate of head kind {head.config.kind!r} gives {rate}: let it return a positive number"
+        )
+    return rate
+
+
+def _groups(heads: ExitHeads, peaks: Mapping[int, float]) -> list[dict[str, Any]]:
+    """Parameters to train, a group a head; one that heads share belongs to the first."""
+    groups: list[dict[str, Any]] = []
+    seen: set[int] = set()
+    for layer, peak in peaks.items():
+        own = [p for p in heads.after(layer).parameters() if p.requires_grad and id(p) not in seen]
+        seen.update(map(id, own))
+        if own:
+            groups.append({"params": own, "peak": peak})
+    return groups
 
 
 def _watches(steps: int) -> set[int]:

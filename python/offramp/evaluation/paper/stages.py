@@ -285,6 +285,9 @@ def _rows(work: Work, stage: str) -> Rows:
         work.say(f"Using {path}")
     else:
         start = time.monotonic()
+        if done.pop(stage, None):
+            # What is written next may stop half-way, and must not pass for what the record says is there.
+            write_json(work.folder / _RECORD, done)
         write_csv(path, measure(work))
         done[stage] = {
             "identity": identity,
