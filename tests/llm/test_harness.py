@@ -66,11 +66,14 @@ def exits():
 
 @pytest.fixture(scope="module")
 def samples(exits):
-    """What the harness got for every request, with its own model and with ours, exits off."""
-    own = HFLM(pretrained=exits.model, tokenizer=byte_tokenizer(), batch_size=3)
-    ours = OfframpLM(exits, mode="off", batch_size=3)
+    """What the harness got for every request, with its own model and with ours, exits off, also where it remembers."""
+    models = {
+        "own": HFLM(pretrained=exits.model, tokenizer=byte_tokenizer(), batch_size=3),
+        "ours": OfframpLM(exits, mode="off", batch_size=3),
+        "remembering": OfframpLM(exits, mode="off", batch_size=3, remember=Remembered(BUDGET)),
+    }
     found = {}
-    for name, model in (("own", own), ("ours", ours)):
+    for name, model in models.items():
         manager = find_tasks(NAMES, [TASKS])
         result = lm_eval.simple_evaluate(
             model=model, tasks=NAMES, task_manager=manager, limit=6, bootstrap_iters=0
@@ -79,8 +82,9 @@ def samples(exits):
     return found
 
 
-def test_with_exits_off_every_request_gets_what_the_harness_gives_it(samples):
-    own, ours = samples["own"][0], samples["ours"][0]
+@pytest.mark.parametrize("model", ["ours", "remembering"])
+def test_with_exits_off_every_request_gets_what_the_harness_gives_it(samples, model):
+    own, ours = samples["own"][0], samples[model][0]
     assert set(own) == set(ours) == set(NAMES)
     compared = 0
     for task in NAMES:
@@ -101,7 +105,12 @@ def test_with_exits_off_every_request_gets_what_the_harness_gives_it(samples):
     for task, room in (("offramp_facts", 120), ("offramp_test_rolling", 120), ("offramp_test_continue", 100)):
         lengths = [len(request[0]) for item in own[task] for request in item["arguments"]]
         assert max(lengths) > room
-    assert samples["own"][1].keys() == samples["ours"][1].keys()
+    expected, found = samples["own"][1], samples[model][1]
+    assert expected.keys() == found.keys()
+    for task, metrics in expected.items():
+        numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+        assert numbers
+        assert {name: found[task][name] for name in numbers} == pytest.approx(numbers, rel=1e-5, nan_ok=True)
 
 
 def test_continuations_say_something(samples):

@@ -17,25 +17,31 @@ pub(crate) enum Kind {
     Avx512(Avx512),
 }
 
+/// Every instruction set this processor has, the fastest last; a list of them would be an allocation a decision.
+fn kinds() -> impl Iterator<Item = InstructionSet> {
+    #[cfg(target_arch = "x86_64")]
+    let more = [
+        Avx2::detect().map(Kind::Avx2),
+        Avx512::detect().map(Kind::Avx512),
+    ];
+    #[cfg(not(target_arch = "x86_64"))]
+    let more: [Option<Kind>; 0] = [];
+    [Some(Kind::Portable)]
+        .into_iter()
+        .chain(more)
+        .flatten()
+        .map(InstructionSet)
+}
+
 impl InstructionSet {
     /// Every instruction set this processor has, the fastest last.
     pub fn available() -> Vec<Self> {
-        #[allow(
-            unused_mut,
-            reason = "only some targets have more than the portable form"
-        )]
-        let mut kinds = vec![Kind::Portable];
-        #[cfg(target_arch = "x86_64")]
-        {
-            kinds.extend(Avx2::detect().map(Kind::Avx2));
-            kinds.extend(Avx512::detect().map(Kind::Avx512));
-        }
-        kinds.into_iter().map(Self).collect()
+        kinds().collect()
     }
 
     /// The fastest.
     pub fn best() -> Self {
-        Self::available().pop().unwrap_or(Self(Kind::Portable))
+        kinds().last().unwrap_or(Self(Kind::Portable))
     }
 
     /// Its name.

@@ -106,21 +106,28 @@ fn rows<T: Logit, R: Send>(
     } else {
         (WORTH_A_THREAD / 4).div_ceil(vocabulary)
     };
+    let decide_from = |first: usize, logits: &[T], tokens: &mut [i64], results: &mut [R]| {
+        let outputs = tokens.iter_mut().zip(results);
+        for (row, (logits, (token, result))) in
+            logits.chunks_exact(vocabulary).zip(outputs).enumerate()
+        {
+            let index = first + row;
+            let (found, value) = decide(index, logits).map_err(|fault| fault.in_row(index))?;
+            (*token, *result) = (found as i64, value);
+        }
+        Ok(())
+    };
+    if at_a_time == count {
+        // Without the lists of parts: a step of decoding allocates nothing here.
+        return decide_from(0, logits, tokens, results);
+    }
     let parts = logits
         .chunks(at_a_time * vocabulary)
         .zip(tokens.chunks_mut(at_a_time))
         .zip(results.chunks_mut(at_a_time))
         .enumerate();
     let done = run.map(parts.collect(), |(part, ((logits, tokens), results))| {
-        let outputs = tokens.iter_mut().zip(results);
-        for (row, (logits, (token, result))) in
-            logits.chunks_exact(vocabulary).zip(outputs).enumerate()
-        {
-            let index = part * at_a_time + row;
-            let (found, value) = decide(index, logits).map_err(|fault| fault.in_row(index))?;
-            (*token, *result) = (found as i64, value);
-        }
-        Ok(())
+        decide_from(part * at_a_time, logits, tokens, results)
     })?;
     done.into_iter().collect()
 }

@@ -2,7 +2,7 @@
 
 #![expect(unsafe_code, reason = "an allocator that counts is still an allocator")]
 
-use offramp_core::margin::{exits, top2_margin};
+use offramp_core::margin::{exits, exits_rows, top2_margin, top2_margin_rows};
 use offramp_core::{InstructionSet, Rule, Run, fast_calibrate};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
@@ -66,6 +66,10 @@ fn a_decision_allocates_nothing() {
             top2_margin(isa, &logits).expect("legal logits");
             exits(isa, &logits, 0.0).expect("legal logits");
             exits(isa, &logits, 1.0).expect("legal logits");
+            let run = Run::on(1).with_instruction_set(isa);
+            let (mut token, mut margin, mut exit) = ([0], [0.0], [false]);
+            top2_margin_rows(&logits, &mut token, &mut margin, &run).expect("legal logits");
+            exits_rows(&logits, &[0.5], &mut token, &mut exit, &run).expect("legal logits");
             assert_eq!(OFTEN.get(), before, "{size} logits with {}", isa.name());
         }
     }
