@@ -282,7 +282,7 @@ def test_a_group_with_a_score_stands_for_its_tasks(exits, groups, monkeypatch, t
 
 @pytest.mark.usefixtures("own_tasks_only")
 def test_data_that_cannot_be_had_is_a_sentence(exits, groups, monkeypatch):
-    (groups / "local.py").write_text("def endings():\n    raise ConnectionError('no way to the hub')\n")
+    (groups / "local.py").write_text("def endings(**_):\n    raise ConnectionError('no way to the hub')\n")
     with pytest.raises(InputError, match="tasks part_a cannot be loaded: no way to the hub"):
         find_tasks(["part_a"], [groups])
     exits.model.save_pretrained(groups / "model")
