@@ -295,6 +295,12 @@ def test_data_that_cannot_be_had_is_a_sentence(exits, groups, monkeypatch):
     assert err.splitlines()[-1].endswith("the data of the tasks cannot be had: no way to the hub")
 
 
+@pytest.mark.usefixtures("own_tasks_only")
+def test_loading_tasks_says_nothing(caplog):
+    find_tasks(local_tasks())
+    assert not caplog.records
+
+
 def command(*arguments):
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

@@ -6,8 +6,10 @@ Hugging Face model.  Needs lm_eval (``offramp[eval]``); importing this module re
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
+import logging
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -234,11 +236,24 @@ def find_tasks(tasks: Sequence[str], folders: Sequence[Path] = ()) -> TaskManage
     """
     manager = _manager_of(tasks, folders)
     try:
-        manager.load(list(tasks))
+        with _without_notes():
+            manager.load(list(tasks))
     # Data come from the network, through several libraries that each have errors of their own.
     except Exception as error:
         raise InputError(f"tasks {', '.join(tasks)} cannot be loaded: {_first_line(error)}") from error
     return manager
+
+
+@contextlib.contextmanager
+def _without_notes() -> Iterator[None]:
+    """Leave out what the harness remarks on every task it loads; bars of downloads stay."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _first_line(error: Exception) -> str:
