@@ -121,7 +121,7 @@ def train(
     # Said before an hour of training rather than after it; storing them checks again.
     require_free(output)
     starts = read_prompts(prompts)
-    processes = Processes()
+    processes = Processes(device)
     model, tokenizer = open_model(session, name, dtype=dtype, device=device)
     ee = EarlyExitModel(model, tokenizer, layers=layers, head=head)
     size = ee.cache_bytes(tokens, prompts=starts, max_new_tokens=settings["max_new_tokens"])

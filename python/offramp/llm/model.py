@@ -236,7 +236,7 @@ class EarlyExitModel:
             "tokens": rows,
             "text_hash": hash_of(starts if starts is not None else own or []),
             **asdict(config),
-            "learning_rate": trainer.peaks,
+            "learning_rate": list(trainer.peaks.values()),
             "metrics": [asdict(item) for item in best_of(history)],
         }
         return history

@@ -1,4 +1,4 @@
-"""Several processes that train together, through accelerate: ``accelerate launch`` or ``torchrun`` starts them.
+"""Several processes that train together, through accelerate: ``torchrun`` starts them.
 
 For `training` and `model`.
 """
@@ -20,17 +20,17 @@ class Processes:
 
     Parameters
     ----------
-    device : torch.device, optional
+    device : torch.device or str, optional
         Where they train; default: on CUDA where there is one.
     """
 
-    def __init__(self, device: torch.device | None = None) -> None:
+    def __init__(self, device: torch.device | str | None = None) -> None:
         self.count, self.rank = 1, 0
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             from accelerate import PartialState  # noqa: PLC0415  # slow to import, and seldom needed
 
             # The others wait for the first while it generates, which may take hours.
-            cpu = device.type == "cpu" if device is not None else not torch.cuda.is_available()
+            cpu = str(device).startswith("cpu") if device is not None else not torch.cuda.is_available()
             state = PartialState(cpu=cpu, timeout=timedelta(days=7))
             self.count, self.rank = state.num_processes, state.process_index
 
