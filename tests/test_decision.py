@@ -273,16 +273,19 @@ def test_other_threads_run_during_a_batch():
             time.sleep(0)
         return False
 
+    def exits(rows, tau):
+        _core.exits_rows(rows, "float32", tau, np.empty(len(rows), np.int64), np.empty(len(rows), bool))
+
     thread, interval = threading.Thread(target=work), sys.getswitchinterval()
     # From here on a thread runs until it lets go of the interpreter itself.
     sys.setswitchinterval(1000)
     try:
         thread.start()
         assert not progress(lambda: _core.top2_margin_row(rows[0], "float32"), 100)
-        assert not progress(lambda: _core.exits_rows(rows[:1], "float32", 0.5), 100)
+        assert not progress(lambda: exits(rows[:1], 0.5), 100)
         assert progress(lambda: _core.top2_margin_rows(rows, "float32"), 1000)
-        assert progress(lambda: _core.exits_rows(rows, "float32", 0.5), 1000)
-        assert progress(lambda: _core.exits_rows(rows, "float32", np.zeros(64)), 1000)
+        assert progress(lambda: exits(rows, 0.5), 1000)
+        assert progress(lambda: exits(rows, np.zeros(64)), 1000)
     finally:
         stop.set()
         sys.setswitchinterval(interval)

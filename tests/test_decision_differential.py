@@ -136,7 +136,9 @@ def assert_within_stated_error(logits, margin):
 
 def yes_or_no(rows, dtype, tau):
     """The engine's form of the decision, on rows (B, V)."""
-    return _core.exits_rows(rows.view(np.uint16) if rows.itemsize == 2 else rows, dtype, tau)
+    tokens, exits = np.full(len(rows), -1), np.empty(len(rows), bool)
+    _core.exits_rows(rows.view(np.uint16) if rows.itemsize == 2 else rows, dtype, tau, tokens, exits)
+    return tokens, exits
 
 
 def around(margin):

@@ -65,11 +65,12 @@ def top2_margin(logits: Any) -> tuple[Tokens, Margins]:
     (1, 0.5)
     """
     memory = (logits, None) if type(logits) is np.ndarray else tensor_memory(logits)
-    if memory is not None and (row := _core.top2_margin_plain(*memory)) is not None:
+    if memory is not None and (row := _core.top2_margin_row(*memory)) is not None:
         return row
     values, dtype = read_logits(logits)
     if values.ndim == 1:
-        return _core.top2_margin_row(values, dtype)
+        tokens, margins = _core.top2_margin_rows(values[None], dtype)
+        return int(tokens[0]), float(margins[0])
     return _core.top2_margin_rows(values, dtype)
 
 

@@ -74,9 +74,9 @@ def samples(exits):
     }
     found = {}
     for name, model in models.items():
-        manager = find_tasks(NAMES, [TASKS])
+        tasks, manager = find_tasks(NAMES, [TASKS])
         result = lm_eval.simple_evaluate(
-            model=model, tasks=NAMES, task_manager=manager, limit=6, bootstrap_iters=0
+            model=model, tasks=tasks, task_manager=manager, limit=6, bootstrap_iters=0
         )
         found[name] = (result["samples"], result["results"])
     return found
@@ -195,11 +195,12 @@ def test_a_temperature_asks_for_samples(exits, monkeypatch):
 def test_what_is_remembered_scores_as_what_is_run(exits, monkeypatch):
     plain = OfframpLM(exits, eps=0.3, batch_size=2)
     keeping = OfframpLM(exits, eps=0.5, batch_size=2, remember=Remembered(BUDGET))
-    fresh = list(task_scores(plain, ["offramp_endings"], limit=4))
-    list(task_scores(keeping, ["offramp_endings"], limit=4))
+    tasks = find_tasks(["offramp_endings"])
+    fresh = list(task_scores(plain, tasks, limit=4))
+    list(task_scores(keeping, tasks, limit=4))
     keeping.use(eps=0.3)
     monkeypatch.setattr(type(exits.trunk), "run", lambda *_, **__: pytest.fail("a layer ran again"))
-    again = list(task_scores(keeping, ["offramp_endings"], limit=4))
+    again = list(task_scores(keeping, tasks, limit=4))
     assert [row[:3] for row in again] == [row[:3] for row in fresh]
     assert {row[1] for row in again} == {"acc", "acc_norm"}
 
@@ -207,10 +208,8 @@ def test_what_is_remembered_scores_as_what_is_run(exits, monkeypatch):
 def test_generation_goes_through_the_engine(exits):
     """With exits on, the harness gets what `generate` writes."""
     ours = OfframpLM(exits, eps=0.3, batch_size=1)
-    manager = find_tasks(["offramp_test_continue"], [TASKS])
-    result = lm_eval.simple_evaluate(
-        model=ours, tasks=["offramp_test_continue"], task_manager=manager, bootstrap_iters=0
-    )
+    tasks, manager = find_tasks(["offramp_test_continue"], [TASKS])
+    result = lm_eval.simple_evaluate(model=ours, tasks=tasks, task_manager=manager, bootstrap_iters=0)
     early = 0
     for item in result["samples"]["offramp_test_continue"]:
         # As the harness cuts it: twenty of the window's 120 tokens are for the continuation.
@@ -244,9 +243,9 @@ def test_bad_settings_are_refused(exits, settings, words):
 
 
 @pytest.mark.usefixtures("own_tasks_only")
-def test_an_unknown_task_is_named(exits):
+def test_an_unknown_task_is_named():
     with pytest.raises(InputError, match="task 'no_such_task' does not exist"):
-        list(task_scores(OfframpLM(exits), ["offramp_facts", "no_such_task"]))
+        find_tasks(["offramp_facts", "no_such_task"])
 
 
 @pytest.fixture
@@ -276,7 +275,7 @@ def groups(tmp_path):
 )
 def test_a_group_with_a_score_stands_for_its_tasks(exits, groups, monkeypatch, task, scored):
     monkeypatch.setattr("offramp.evaluation.harness.LOCAL_TASKS", groups)
-    found = list(task_scores(OfframpLM(exits, eps=0.3), [task], limit=2))
+    found = list(task_scores(OfframpLM(exits, eps=0.3), find_tasks([task]), limit=2))
     assert {name for name, *_ in found} == scored
 
 
@@ -372,7 +371,9 @@ def test_the_harness_own_command_knows_the_model_too(stored, tmp_path):
     done = subprocess.run([tool, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     ours = OfframpLM(stored, eps=0.5, device="cpu")
-    expected = {metric: value for _, metric, value, _ in task_scores(ours, ["offramp_pronouns"], limit=3)}
+    expected = {
+        metric: value for _, metric, value, _ in task_scores(ours, find_tasks(["offramp_pronouns"]), limit=3)
+    }
     assert result_in(tmp_path)["results"]["offramp_pronouns"]["acc,none"] == expected["acc"]
 
 

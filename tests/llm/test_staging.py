@@ -9,7 +9,7 @@ import numpy as np
 import offramp
 import pytest
 import torch
-from offramp import _core, decide, top2_margin
+from offramp import decide, top2_margin
 from offramp.llm import staging
 from offramp.llm.reading import Reader
 from offramp.llm.staging import CudaStream, Stage
@@ -142,7 +142,8 @@ def test_rows_laid_out_otherwise_are_copied_into_the_same_memory(dtype):
 def test_a_row_is_read_as_it_is_or_another_way(dtype):
     """Memory that does not say all of what it holds is left to the slower ways."""
     logits = rows(dtype, (1, 700))
-    expected = [part.tolist() for part in _core.exits_rows(staging._view(logits), str(dtype)[6:], 0.1)]
+    found = offramp.decide(logits, 0.1)
+    expected = [found.token.tolist(), found.exit.tolist()]
     every_other = torch.stack([logits, logits.flip(1)], dim=-1)[:, :, 0]
     negated = torch._neg_view(-logits)
     subclass = logits.as_subclass(type("Other", (torch.Tensor,), {}))
@@ -151,6 +152,18 @@ def test_a_row_is_read_as_it_is_or_another_way(dtype):
         assert top2_margin(kind[0]) == top2_margin(logits[0])
     with pytest.raises(ValueError, match=r"row 0 holds nan at index 0"):
         Stage().exits(torch.full_like(logits, torch.nan), 0.1)
+
+
+def test_answers_take_no_memory_of_their_own():
+    stage = Stage()
+    first = stage.exits(rows(torch.float32), 0.1)
+    for seed in range(5):
+        logits = rows(torch.float32, seed=seed)
+        again, expected = stage.exits(logits, 0.1), decide(logits, 0.1)
+        assert all(now is before for now, before in zip(again, first, strict=True))
+        assert again[0].tolist() == expected.token.tolist()
+        assert again[1].tolist() == expected.exit.tolist()
+    assert [len(part) for part in stage.exits(rows(torch.float32, (1, 700)), 0.1)] == [1, 1]
 
 
 def test_other_dtypes_are_refused():
@@ -304,9 +317,9 @@ def test_the_engine_takes_every_decision_here(trained, thresholds, prompts, monk
 
     class Counting:
         @staticmethod
-        def exits_rows(logits, dtype, tau):
+        def exits_rows(logits, dtype, tau, tokens, exits):
             calls.append((logits.copy(), tau))
-            return core.exits_rows(logits, dtype, tau)
+            core.exits_rows(logits, dtype, tau, tokens, exits)
 
     def noting(reader, positions, mask):
         logits = answer(reader, positions, mask)

@@ -19,7 +19,8 @@ from offramp.evaluation.peers.decision import (
     OURS,
     READ,
     VOCABULARIES,
-    agree,
+    as_held,
+    check,
     contenders,
     like_a_model,
 )
@@ -152,15 +153,25 @@ def _calibrate(
 
 def _decisions(session: Session, vocabulary: int | None, rounds: int) -> dict[str, dict[str, float]]:
     """Time the decision on rows of every size and dtype; seconds by contender."""
-    dtypes = DTYPES if find_spec("torch") is not None else DTYPES[:1]
+    dtypes: tuple[str, ...] = DTYPES[:1]
+    if find_spec("torch") is not None:
+        import torch  # noqa: PLC0415 - an optional dependency
+
+        dtypes = DTYPES
+        if session.threads is not None:
+            torch.set_num_threads(session.threads)
     seconds = {}
     for size in VOCABULARIES if vocabulary is None else (vocabulary,):
         logits = like_a_model(size, session.seed)
         for dtype in dtypes:
             session.say(f"timing decide: {size:,} logits, {dtype}")
+            found = contenders(logits, dtype)
+            for name, run in found.items():
+                if name != READ:
+                    check(run, name, as_held(logits, dtype))
             seconds[f"{size} {dtype}"] = in_turn(
-                contenders(logits, dtype),
-                agree,
+                found,
+                lambda ours, other: ours[0] == other[0],
                 rounds=rounds,
                 seconds=60,
                 unlike={READ},

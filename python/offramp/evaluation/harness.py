@@ -13,7 +13,7 @@ import logging
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lm_eval
 import torch
@@ -167,8 +167,17 @@ class OfframpLM(HFLM):  # type: ignore[misc]  # untyped
         return written
 
 
+class Tasks(NamedTuple):
+    """Tasks of the harness, read with their data, to be scored as often as wanted."""
+
+    loaded: list[Any]
+    """Tasks, and groups of tasks, that are in no other group."""
+    manager: TaskManager
+    """What found them."""
+
+
 def task_scores(
-    model: OfframpLM, tasks: Sequence[str], *, limit: int | None = None, folders: Sequence[Path] = ()
+    model: OfframpLM, tasks: Tasks, *, limit: int | None = None
 ) -> Iterator[tuple[str, str, float, float]]:
     """Run tasks and give each task's metrics.
 
@@ -176,8 +185,8 @@ def task_scores(
     ----------
     model : OfframpLM
         The model.
-    tasks : sequence of str
-        Names the harness knows, or those of tasks in `LOCAL_TASKS` and ``folders``.
+    tasks : Tasks
+        From `find_tasks`.
     limit : int, optional
         Documents of each task at most.
 
@@ -187,18 +196,12 @@ def task_scores(
     value, standard_error : float
 
     Of a group of tasks that has a score of its own, such as ``mmlu``, that one alone.
-
-    Raises
-    ------
-    InputError
-        Naming a task that does not exist, or cannot be loaded.
     """
-    manager = find_tasks(tasks, folders)
     found = lm_eval.simple_evaluate(
         model=model,
-        tasks=list(tasks),
+        tasks=tasks.loaded,
         limit=limit,
-        task_manager=manager,
+        task_manager=tasks.manager,
         log_samples=False,
         # Only metrics that are no means are resampled.
         bootstrap_iters=1000,
@@ -226,8 +229,8 @@ def _inside(groups: Iterable[str], members: Mapping[str, Sequence[str]]) -> set[
     return found
 
 
-def find_tasks(tasks: Sequence[str], folders: Sequence[Path] = ()) -> TaskManager:
-    """Return the harness's task manager, local tasks included, once it has loaded all tasks with their data.
+def find_tasks(tasks: Sequence[str], folders: Sequence[Path] = ()) -> Tasks:
+    """Read tasks with their data: names the harness knows, or those of tasks in `LOCAL_TASKS` and ``folders``.
 
     Raises
     ------
@@ -237,11 +240,14 @@ def find_tasks(tasks: Sequence[str], folders: Sequence[Path] = ()) -> TaskManage
     manager = _manager_of(tasks, folders)
     try:
         with _without_notes():
-            manager.load(list(tasks))
+            found = manager.load(list(tasks))
     # Data come from the network, through several libraries that each have errors of their own.
     except Exception as error:
         raise InputError(f"tasks {', '.join(tasks)} cannot be loaded: {_first_line(error)}") from error
-    return manager
+    inside = _inside(found["groups"], found["group_map"])
+    return Tasks(
+        [item for name, item in (found["groups"] | found["tasks"]).items() if name not in inside], manager
+    )
 
 
 @contextlib.contextmanager

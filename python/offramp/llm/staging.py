@@ -36,8 +36,7 @@ class Stage:
     """Takes decisions on logits (B, S) wherever they are.
 
     Each generation has its own: what one has under way, finished or abandoned, cannot reach another's memory.  Logits
-    that must be copied go into one memory, as large as the largest so far; tokens and flags, a few bytes a row, are new
-    arrays each time.
+    that must be copied go into one memory, as large as the largest so far.
 
     Parameters
     ----------
@@ -56,6 +55,7 @@ class Stage:
     def __init__(self, stream: Stream | None = None) -> None:
         self._stream = stream
         self._memory = _allocate(0)
+        self._answers = np.empty(0, np.int64), np.empty(0, np.bool_)
         self._buffers: dict[tuple[torch.Size, torch.dtype], tuple[torch.Tensor, NDArray[Any]]] = {}
 
     @classmethod
@@ -66,9 +66,14 @@ class Stage:
     def exits(self, logits: torch.Tensor, tau: float) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """Find each row's token (B,), and whether its margin reaches ``tau``, as :func:`offramp.decide` does.
 
-        The margin itself is not computed where the two largest logits show that it falls short.
+        The margin itself is not computed where the two largest logits show that it falls short.  Both arrays are
+        written anew by the next call.
         """
-        return _core.exits_rows(self._read(logits), _name(logits), tau)
+        tokens, exits = self._answers
+        if len(tokens) != len(logits):
+            tokens, exits = self._answers = np.empty(len(logits), np.int64), np.empty(len(logits), np.bool_)
+        _core.exits_rows(self._read(logits), _name(logits), tau, tokens, exits)
+        return tokens, exits
 
     def top2_margin(self, logits: torch.Tensor) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Find each row's token (B,) and margin (B,), as :func:`offramp.top2_margin` does."""

@@ -5,7 +5,8 @@ use crate::isa;
 use half::slice::HalfBitsSliceExt;
 use half::{bf16, f16};
 use numpy::{
-    Element, PyArray1, PyArrayMethods, PyReadonlyArray1, PyReadonlyArrayDyn, PyUntypedArrayMethods,
+    Element, PyArray1, PyArrayMethods, PyReadonlyArray1, PyReadonlyArrayDyn, PyReadwriteArray1,
+    PyUntypedArrayMethods,
 };
 use offramp_core::margin::{self, Logit, Top2, top2_margin};
 use offramp_core::{Error, Run};
@@ -13,7 +14,7 @@ use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 
 type Found = (usize, f32);
-type Rows<'py, T> = (Bound<'py, PyArray1<i64>>, Bound<'py, PyArray1<T>>);
+type Rows<'py> = (Bound<'py, PyArray1<i64>>, Bound<'py, PyArray1<f32>>);
 
 /// Evaluate an expression with logits, float32 or uint16 holding what `dtype` names, as a slice and their shape.
 macro_rules! with_logits {
@@ -55,16 +56,16 @@ fn in_rows<'a, T: Element>(array: &'a PyReadonlyArrayDyn<'_, T>) -> PyResult<&'a
 ///
 /// The array is of float32, of float16, or of uint16 that holds what `bits` names.
 #[pyfunction]
-pub fn top2_margin_plain(logits: &Bound<'_, PyAny>, bits: Option<&str>) -> PyResult<Option<Found>> {
+pub fn top2_margin_row(logits: &Bound<'_, PyAny>, bits: Option<&str>) -> PyResult<Option<Found>> {
     if let Ok(logits) = logits.cast::<PyArray1<f32>>() {
-        return plain(logits, same);
+        return read_row(logits, same);
     }
     if let Ok(logits) = logits.cast::<PyArray1<f16>>() {
-        return plain(logits, same);
+        return read_row(logits, same);
     }
     match (bits, logits.cast::<PyArray1<u16>>()) {
-        (Some("bfloat16"), Ok(logits)) => plain(logits, <[u16]>::reinterpret_cast::<bf16>),
-        (Some("float16"), Ok(logits)) => plain(logits, <[u16]>::reinterpret_cast::<f16>),
+        (Some("bfloat16"), Ok(logits)) => read_row(logits, <[u16]>::reinterpret_cast::<bf16>),
+        (Some("float16"), Ok(logits)) => read_row(logits, <[u16]>::reinterpret_cast::<f16>),
         _ => Ok(None),
     }
 }
@@ -73,7 +74,7 @@ fn same<T>(values: &[T]) -> &[T] {
     values
 }
 
-fn plain<T: Element, L: Logit>(
+fn read_row<T: Element, L: Logit>(
     logits: &Bound<'_, PyArray1<T>>,
     meant: impl Fn(&[T]) -> &[L],
 ) -> PyResult<Option<Found>> {
@@ -88,23 +89,19 @@ fn plain<T: Element, L: Logit>(
     Ok(Some((token, margin)))
 }
 
-/// Token and margin of one row.
-#[pyfunction]
-pub fn top2_margin_row(logits: &Bound<'_, PyAny>, dtype: &str) -> PyResult<Found> {
-    let isa = isa::chosen()?;
-    with_logits!(logits, dtype, |logits, _shape| {
-        let Top2 { token, margin } = top2_margin(isa, logits).map_err(refused)?;
-        Ok((token, margin))
-    })
-}
-
 /// Tokens and margins of the rows of a matrix.
 #[pyfunction]
-pub fn top2_margin_rows<'py>(logits: &Bound<'py, PyAny>, dtype: &str) -> PyResult<Rows<'py, f32>> {
+pub fn top2_margin_rows<'py>(logits: &Bound<'py, PyAny>, dtype: &str) -> PyResult<Rows<'py>> {
+    let py = logits.py();
     with_logits!(logits, dtype, |values, shape| {
-        of_rows(logits.py(), shape[0], |tokens, margins, run| {
-            margin::top2_margin_rows(values, tokens, margins, run)
-        })
+        let (mut tokens, mut margins) = (vec![0; shape[0]], vec![0.0; shape[0]]);
+        fill(py, shape[0], |run| {
+            margin::top2_margin_rows(values, &mut tokens, &mut margins, run)
+        })?;
+        Ok((
+            PyArray1::from_vec(py, tokens),
+            PyArray1::from_vec(py, margins),
+        ))
     })
 }
 
@@ -115,48 +112,43 @@ pub enum Taus<'py> {
     Each(PyReadonlyArray1<'py, f64>),
 }
 
-/// Tokens of the rows of a matrix, and whether their margins reach `tau`.
+/// Write tokens of the rows of a matrix, and whether their margins reach `tau`, into arrays the caller keeps.
 #[pyfunction]
 pub fn exits_rows<'py>(
     logits: &Bound<'py, PyAny>,
     dtype: &str,
     tau: Taus<'py>,
-) -> PyResult<Rows<'py, bool>> {
+    mut tokens: PyReadwriteArray1<'py, i64>,
+    mut exits: PyReadwriteArray1<'py, bool>,
+) -> PyResult<()> {
     let taus = match &tau {
         Taus::One(tau) => std::slice::from_ref(tau),
         Taus::Each(taus) => taus.as_slice()?,
     };
+    let (tokens, exits) = (tokens.as_slice_mut()?, exits.as_slice_mut()?);
     with_logits!(logits, dtype, |values, shape| {
-        of_rows(logits.py(), shape[0], |tokens, exits, run| {
+        if [tokens.len(), exits.len()] != [shape[0]; 2] {
+            return Err(PyValueError::new_err(format!(
+                "there are {} rows of logits: give as many tokens and exits",
+                shape[0]
+            )));
+        }
+        fill(logits.py(), shape[0], |run| {
             margin::exits_rows(values, taus, tokens, exits, run)
         })
     })
 }
 
 /// Let `decide` fill what there is for each row; the GIL is held for a single one, which takes microseconds.
-fn of_rows<T: Element + Copy + Default + Send>(
+fn fill(
     py: Python<'_>,
     rows: usize,
-    decide: impl FnOnce(&mut [i64], &mut [T], &Run<'_>) -> Result<(), Error> + Send,
-) -> PyResult<Rows<'_, T>> {
+    decide: impl FnOnce(&Run<'_>) -> Result<(), Error> + Send,
+) -> PyResult<()> {
     let isa = isa::chosen()?;
     if rows == 1 {
-        let (mut token, mut result) = ([0], [T::default()]);
-        let run = Run::on(1).with_instruction_set(isa);
-        decide(&mut token, &mut result, &run).map_err(refused)?;
-        return Ok((
-            PyArray1::from_slice(py, &token),
-            PyArray1::from_slice(py, &result),
-        ));
+        return decide(&Run::on(1).with_instruction_set(isa)).map_err(refused);
     }
-    let (mut tokens, mut results) = (vec![0; rows], vec![T::default(); rows]);
-    py.detach(|| {
-        let run = Run::on(0).with_instruction_set(isa);
-        decide(&mut tokens, &mut results, &run)
-    })
-    .map_err(refused)?;
-    Ok((
-        PyArray1::from_vec(py, tokens),
-        PyArray1::from_vec(py, results),
-    ))
+    py.detach(|| decide(&Run::on(0).with_instruction_set(isa)))
+        .map_err(refused)
 }

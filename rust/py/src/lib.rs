@@ -15,7 +15,7 @@ mod _core {
     #[pymodule_export]
     use super::calibration::{fast_calibrate, sort_by_score, threshold_curve};
     #[pymodule_export]
-    use super::decision::{exits_rows, top2_margin_plain, top2_margin_row, top2_margin_rows};
+    use super::decision::{exits_rows, top2_margin_row, top2_margin_rows};
     #[pymodule_export]
     use super::isa::{instruction_set_name, instruction_sets};
 

@@ -19,15 +19,18 @@ Side = tuple[str, str]
 """A head set and one of its confidences."""
 
 
-def difference_rows(readings: Mapping[str, Reading], pairs: Iterable[tuple[Side, Side]]) -> Rows:
+def difference_rows(
+    readings: Mapping[str, Reading], pairs: Iterable[tuple[Side, Side]], *, seed: int = 0
+) -> Rows:
     """Differences in area, ``one`` minus ``other``, head by head: negative where ``one`` sorts better.
 
     Both sides are read on the same tokens and drawn with the same prompts, so what the prompts have in common cancels.
+    The seed is that of the bootstrap.
     """
-    return [row for one, other in pairs for row in _differences(readings, one, other)]
+    return [row for one, other in pairs for row in _differences(readings, one, other, seed)]
 
 
-def _differences(readings: Mapping[str, Reading], one: Side, other: Side) -> Rows:
+def _differences(readings: Mapping[str, Reading], one: Side, other: Side, seed: int) -> Rows:
     sides = [(readings[name], confidence) for name, confidence in (one, other)]
     first = sides[0][0]
 
@@ -42,7 +45,7 @@ def _differences(readings: Mapping[str, Reading], one: Side, other: Side) -> Row
         return np.array(found)
 
     values = differences(slice(None))
-    bounds = interval(first.groups, differences, resamples=200)
+    bounds = interval(first.groups, differences, resamples=200, seed=seed)
     rows: Rows = []
     for index, layer in enumerate(first.layers):
         row: dict[str, Any] = {"one": " ".join(one), "other": " ".join(other), "layer": layer}

@@ -13,7 +13,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,13 @@ class Work:
     progress: Progress | None
 
     @cached_property
+    def tasks(self) -> Any:
+        """The benchmarks with their data, as `task_scores` takes them."""
+        from offramp.evaluation.harness import find_tasks  # noqa: PLC0415 - an extra
+
+        return find_tasks(self.config.tasks)
+
+    @cached_property
     def all_sets(self) -> dict[str, EarlyExitModel]:
         """The linear head sets, and the user's."""
         return {**self.sets, **({GIVEN: self.given} if self.given is not None else {})}
@@ -114,14 +121,18 @@ def training(work: Work) -> Rows:
 
 def confidence(work: Work) -> Rows:
     """AURC of every head set, head and confidence on held-out text, with intervals."""
-    return [row for name, reading in work.readings.items() for row in confidence_rows(name, reading)]
+    return [
+        row
+        for name, reading in work.readings.items()
+        for row in confidence_rows(name, reading, seed=work.config.seed)
+    ]
 
 
 def differences(work: Work) -> Rows:
     """Paired differences on the same tokens: between λ, between starts, between confidences."""
     pairs = [((one, "margin"), (other, "margin")) for one, other in _COMPARED]
     pairs += [((name, "margin"), (name, other)) for name in work.readings for other in CONFIDENCES[1:]]
-    return difference_rows(work.readings, pairs)
+    return difference_rows(work.readings, pairs, seed=work.config.seed)
 
 
 def curves(work: Work) -> Rows:
@@ -135,7 +146,7 @@ def forced(work: Work) -> Rows:
     for name, reading in work.readings.items():
         calibration = calibration_of(name, work.all_sets[name])
         for mode in ("marginal", "sequential"):
-            points = sweep(reading, calibration, work.config.grid, mode=mode)
+            points = sweep(reading, calibration, work.config.grid, mode=mode, seed=work.config.seed)
             rows += [{"mode": mode, **forced_row(name, point)} for point in points]
     return rows
 
@@ -154,7 +165,8 @@ def exits(work: Work) -> Rows:
     work.say(f"Decoding held-out prompts with exits ({describe_heads(ee)}) and checking every token")
     decoded = []
     for number, eps in enumerate(config.grid):
-        decoded.append(decode_prompts(ee, work.held_out, eps=eps, max_new_tokens=config.max_new_tokens))
+        found = decode_prompts(ee, work.held_out, eps=eps, max_new_tokens=config.max_new_tokens)
+        decoded.append(replace(found, seed=config.seed))
         work.tell("decoding", number + 1, len(config.grid))
     write_json(work.folder / _DECODED, {"decoded": [item.to_dict() for item in decoded]})
     return [{"heads": describe_heads(ee), **decoded_row(item)} for item in decoded]
@@ -173,7 +185,7 @@ def score(work: Work) -> Rows:
         model.use(**setting)
         # The harness's bars and notes would come anew for every ε; what goes wrong is raised.
         with contextlib.redirect_stderr(io.StringIO()):
-            scores = list(task_scores(model, config.tasks, limit=config.documents))
+            scores = list(task_scores(model, work.tasks, limit=config.documents))
         if remembered.full and not number:
             work.say(
                 f"The benchmarks' hidden states take more than {BUDGET / 2**30:.1f} GiB: "
@@ -197,6 +209,7 @@ def speed(work: Work) -> Rows:
         max_new_tokens=config.max_new_tokens,
         progress=work.progress,
     )
+    found = replace(found, seed=config.seed)
     targets = {exits_at(eps): eps for eps in config.grid}
     return [
         {"heads": heads, "eps": targets.get(row["contender"], math.nan), **row} for row in speed_rows(found)
@@ -260,15 +273,13 @@ def make_figures(
     config = config.on(model)
     if heads is not None:
         calibration_of("heads", heads)
-    if config.tasks:
-        # Said before an hour of work rather than after it.
-        from offramp.evaluation.harness import find_tasks  # noqa: PLC0415 - an extra
-
-        find_tasks(config.tasks)
-    folder.mkdir(parents=True, exist_ok=True)
     work = Work(
         folder, config, HeadSets(model, tokenizer, folder, config, say, progress), heads, say, progress
     )
+    if config.tasks:
+        # What is wrong with them is said before an hour of work rather than after it.
+        _ = work.tasks
+    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "settings.json", asdict(config))
     wanted = [stage for stage in STAGES if stage != "score" or config.tasks]
     tables = {stage: _rows(work, stage) for stage in wanted}

@@ -16,15 +16,14 @@ from numpy.typing import NDArray
 from offramp.decision import decide
 
 Contenders: TypeAlias = dict[str, Callable[[], Any]]
-"""By name; each returns a token, a margin and, unless that is `WITHIN`, how far the margin may be from ours."""
+"""By name; each returns a token and a margin."""
 
 OURS, READ = "offramp", "one read"
-SOFTMAX = "torch softmax + topk"
+SOFTMAX, LOGSUMEXP = "torch softmax + topk", "torch logsumexp + topk"
 WITHIN = 1e-6
-# torch's softmax adds in float32, in an order that was seen to cost 7e-5 of the margin at V = 151 936.
-SOFTMAX_WITHIN = 1e-4
-# torch's logsumexp is a float32 around 20, where half a unit in the last place is 9.5e-7 of either probability.
-LOGSUMEXP_WITHIN = 2e-6
+# What others' own rounding was seen to cost the margin: torch's softmax adds in float32, in an order that loses 7e-5
+# at V = 151 936; its logsumexp is a float32 around 20, where half a unit in the last place is 9.5e-7 of a probability.
+ROUNDING = {SOFTMAX: 1e-4, LOGSUMEXP: 2e-6}
 VOCABULARIES = (32_000, 51_200, 128_256, 151_936, 256_000)
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -47,21 +46,49 @@ def contenders(logits: NDArray[np.float32], dtype: str) -> Contenders:
         return {OURS: lambda: decide(logits, 0.5)[:2], "numpy": lambda: by_numpy(logits), READ: logits.max}
     import torch  # noqa: PLC0415 - an optional dependency
 
-    tensor = torch.from_numpy(logits).to(getattr(torch, dtype))
-    widened = tensor.float().numpy()
+    widened = as_held(logits, dtype)
+    tensor = torch.from_numpy(widened).to(getattr(torch, dtype))
     return {
         OURS: lambda: decide(tensor, 0.5)[:2],
         SOFTMAX: lambda: _by_softmax(torch, tensor),
-        "torch logsumexp + topk": lambda: _by_logsumexp(torch, tensor),
+        LOGSUMEXP: lambda: _by_logsumexp(torch, tensor),
         "numpy": lambda: by_numpy(widened),
         READ: widened.max,
     }
 
 
-def agree(ours: tuple[int, float], other: tuple[int, float] | tuple[int, float, float]) -> bool:
-    """Whether the token is the same, and the margin as far as the other computes it."""
-    within = other[2] if len(other) == 3 else WITHIN
-    return ours[0] == other[0] and abs(ours[1] - other[1]) <= within
+def as_held(logits: NDArray[np.float32], dtype: str) -> NDArray[np.float32]:
+    """Round a row to what this dtype holds; other dtypes than float32 need torch."""
+    if dtype == "float32":
+        return logits
+    import torch  # noqa: PLC0415 - an optional dependency
+
+    return torch.from_numpy(logits).to(getattr(torch, dtype)).float().numpy()
+
+
+def check(found: Callable[[], tuple[int, float]], name: str, logits: NDArray[np.float32]) -> None:
+    """Require a contender's token to be the row's, and its margin to lie within 1e-6 of exact arithmetic's.
+
+    Those of `ROUNDING` are let off as much as their own rounding is known to cost.
+
+    Raises
+    ------
+    RuntimeError
+        It is not.
+    """
+    token, margin = found()
+    first, exact = exactly(logits)
+    if token != first or not abs(margin - exact) <= ROUNDING.get(name, WITHIN):
+        raise RuntimeError(
+            f"{name} found token {token} by {margin!r}, where it is {first} by {exact!r}: its time means nothing"
+        )
+
+
+def exactly(logits: NDArray[np.float32]) -> tuple[int, float]:
+    """Token and margin in float64."""
+    descending = np.sort(logits.astype(np.float64))[::-1]
+    weights = np.exp(descending - descending[0])
+    return int(logits.argmax()), float(-np.expm1(descending[1] - descending[0]) / weights[::-1].sum())
 
 
 def by_numpy(logits: NDArray[np.float32]) -> tuple[int, float]:
@@ -71,13 +98,13 @@ def by_numpy(logits: NDArray[np.float32]) -> tuple[int, float]:
     return int(logits.argmax()), float((first - second) / weights.sum(dtype=np.float64))
 
 
-def _by_softmax(torch: Any, logits: Any) -> tuple[int, float, float]:
+def _by_softmax(torch: Any, logits: Any) -> tuple[int, float]:
     top = torch.softmax(logits, -1, dtype=torch.float32).topk(2)
     first, second = top.values.tolist()
-    return int(top.indices[0]), first - second, SOFTMAX_WITHIN
+    return int(top.indices[0]), first - second
 
 
-def _by_logsumexp(torch: Any, logits: Any) -> tuple[int, float, float]:
+def _by_logsumexp(torch: Any, logits: Any) -> tuple[int, float]:
     top = logits.topk(2)
     first, second = (top.values.float() - torch.logsumexp(logits.float(), -1)).exp().tolist()
-    return int(top.indices[0]), first - second, LOGSUMEXP_WITHIN
+    return int(top.indices[0]), first - second
