@@ -16,6 +16,7 @@ from offramp.llm.sequences import TokenSequence, as_sequences, encode_prompts
 from offramp.llm.states import teacher_forced
 from offramp.llm.trunk import Trunk
 from scipy import stats
+from transformers import MistralConfig, MistralForCausalLM
 
 PLAN = CorpusPlan(layers=(2, 4), tokens=2500, max_new_tokens=12, seed=9)
 
@@ -43,6 +44,29 @@ def test_greedy_continuations_are_the_models(trunk, model, starts):
         assert torch.equal(sequence.tokens, own)
         assert sequence.prompt_length == len(prompt)
     assert len({len(item.tokens) for item in written.sequences}) > 1
+
+
+def test_greedy_continuations_of_a_shared_prefix_are_the_models_where_it_has_a_window(starts):
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=89,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=6,
+    )
+    model = MistralForCausalLM(config).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            parameter.mul_(7)
+    prefix = torch.arange(20, 32)
+    prompts = [torch.cat([prefix, start]) for start in starts[:9]]
+    written = continue_prompts(Trunk(model), prompts, max_new_tokens=15)
+    for prompt, sequence in zip(prompts, written.sequences, strict=True):
+        own = model.generate(prompt[None], max_new_tokens=15, do_sample=False, eos_token_id=None)[0]
+        assert torch.equal(sequence.tokens, own)
 
 
 def test_samples_follow_the_temperature_of_their_row(trunk, starts):

@@ -12,11 +12,13 @@ from offramp import EarlyExitModel, InputError, top2_margin
 from offramp.llm.cache import GrowingCache, cache_argument
 from offramp.llm.decoding import Exit, Rollout
 from offramp.llm.sequences import TokenSequence
+from tiny import VOCAB, byte_tokenizer
 from transformers import (
     CompileConfig,
     GenerationConfig,
     StoppingCriteria,
     StoppingCriteriaList,
+    SynthIDTextWatermarkingConfig,
     TextStreamer,
 )
 from transformers.cache_utils import DynamicCache
@@ -101,6 +103,7 @@ def test_the_flushed_cache_is_the_full_models(trained, model, thresholds, prompt
         tokens = ids
         for _ in range(25):
             step = rollout.step(torch.ones(len(ids), dtype=torch.bool))
+            rollout.relieve()
             waiting = [rollout.pending(segment) for segment in range(1, 4)]
             waited = max(waited, *waiting)
             assert cap is None or max(waiting) <= cap
@@ -240,6 +243,86 @@ def test_processors_and_stopping_act_as_in_transformers(trained, model, prompts)
     assert torch.equal(trained.generate(ids, attention_mask=mask, mode="off", **settings), expected)
 
 
+@pytest.mark.parametrize("mode", ["off", "verify"])
+@pytest.mark.parametrize("place", ["given", "config", "the model's config"])
+def test_stop_strings_end_rows(trained, model, thresholds, prompts, monkeypatch, mode, place):
+    (ids, mask), tokenizer = prompts, byte_tokenizer(VOCAB)
+    free = own(model, ids, mask)
+    strings = [tokenizer.decode(row[12:14]) for row in free[:2]]
+    expected = own(model, ids, mask, stop_strings=strings, tokenizer=tokenizer)
+    settings = {"attention_mask": mask, "mode": mode, "max_new_tokens": NEW, "do_sample": False}
+    settings |= {"thresholds": thresholds} if mode == "verify" else {}
+    if place == "given":
+        settings["stop_strings"] = strings
+    elif place == "config":
+        settings["generation_config"] = GenerationConfig(
+            **{name: settings.pop(name) for name in ("max_new_tokens", "do_sample")}, stop_strings=strings
+        )
+    else:
+        monkeypatch.setattr(model.generation_config, "stop_strings", strings)
+    assert torch.equal(trained.generate(ids, tokenizer=tokenizer, **settings), expected)
+    monkeypatch.setattr(trained, "tokenizer", tokenizer)
+    assert torch.equal(trained.generate(ids, **settings), expected)
+    assert not torch.equal(trained.generate(ids, **settings | {"stop_strings": None}), expected)
+
+
+def test_stop_strings_end_rows_that_leave_early(trained, thresholds, prompts):
+    (ids, mask), tokenizer = prompts, byte_tokenizer(VOCAB)
+    settings = {"attention_mask": mask, "thresholds": thresholds, "max_new_tokens": NEW}
+    free = trained.generate(ids[:1], **settings | {"attention_mask": mask[:1]})
+    text = tokenizer.decode(free[0, 15:18])
+    ended = trained.generate(
+        ids[:1], stop_strings=text, tokenizer=tokenizer, **settings | {"attention_mask": mask[:1]}
+    )
+    assert ended.shape[1] <= 18 < free.shape[1]
+    assert torch.equal(ended, free[:, : ended.shape[1]])
+    assert tokenizer.decode(ended[0]).endswith(text)
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("cap", [0, None])
+@pytest.mark.parametrize("mode", ["exit", "verify"])
+def test_where_a_head_has_no_allowed_token_the_whole_model_answers(
+    trained, model, prompts, mode, cap, sampled
+):
+    """Grammars allow few tokens, and a shortlist may hold none of them."""
+    ids, mask = prompts
+    listed = trained.heads.after(1).shortlist.tolist()
+    foreign = [token for token in range(6, VOCAB) if token not in listed][:3]
+    settings = {
+        "attention_mask": mask,
+        "max_new_tokens": 12,
+        "eos_token_id": None,
+        "do_sample": sampled,
+        # In turns: what any head can emit, and what none can.
+        "prefix_allowed_tokens_fn": lambda _, text: foreign if len(text) % 2 else listed,
+    }
+    output = trained.generate(
+        ids,
+        mode=mode,
+        thresholds=[-1.0] * 3,
+        max_pending=cap,
+        return_dict_in_generate=True,
+        **settings,
+    )
+    new = output.sequences[:, 9:]
+    assert torch.isin(new[:, 0::2], torch.tensor(foreign)).all()
+    assert torch.isin(new[:, 1::2], torch.tensor(listed)).all()
+    assert (output.exit_layers[:, 0::2] == trained.num_layers).all()
+    if mode == "exit":
+        assert (output.exit_layers[:, 1::2] == 1).all()
+    if not sampled and mode == "verify":
+        assert torch.equal(output.sequences, model.generate(ids, **settings))
+
+
+def test_guidance_works_where_every_position_is_asked_once(trained, model, prompts):
+    ids = prompts[0][:1]
+    settings = {"guidance_scale": 1.5, "max_new_tokens": 12, "do_sample": False}
+    expected = model.generate(ids, **settings)
+    assert not torch.equal(expected, model.generate(ids, **settings | {"guidance_scale": None}))
+    assert torch.equal(trained.generate(ids, mode="off", **settings), expected)
+
+
 def test_sampling_with_a_seed_is_transformers_sampling_when_off(trained, model, prompts):
     ids, mask = prompts
     settings = {"do_sample": True, "temperature": 0.8, "top_k": 20, "max_new_tokens": 20}
@@ -312,6 +395,18 @@ def test_the_streamer_sees_every_token(trained, thresholds, prompts):
         ({"output_attentions": True}, "output_attentions and"),
         ({"attention_mask": torch.ones(4)}, r"attention_mask is not a \(4, 9\) tensor"),
         ({"attention_mask": torch.ones(4, 8)}, r"attention_mask is not a \(4, 9\) tensor"),
+        ({"token_type_ids": torch.zeros(4, 9)}, "token_type_ids cannot be used"),
+        ({"token_healing": True}, "token_healing rewrites the prompt"),
+        ({"generation_config": GenerationConfig(token_healing=True)}, "token_healing rewrites the prompt"),
+        ({"stop_strings": ["a"]}, "stop_strings need the model's tokenizer"),
+        ({"mode": "verify", "guidance_scale": 1.5}, "guidance_scale cannot be used in verify mode"),
+        (
+            {
+                "mode": "verify",
+                "watermarking_config": SynthIDTextWatermarkingConfig(keys=[1, 2, 3], ngram_len=3),
+            },
+            "SynthID watermarking cannot be used in verify mode",
+        ),
         ({"position_ids": torch.arange(9)[None]}, "position_ids cannot be used"),
         ({"cache": DynamicCache()}, "cache cannot be used"),
         ({"max_new_tokens": 500}, "context window holds 160"),
@@ -441,5 +536,6 @@ def test_the_cap_holds_before_every_segment_when_every_token_leaves_at_once(trai
         for _ in range(12):
             step = rollout.step(torch.ones(1, dtype=torch.bool))
             assert step.exits.tolist() == [0]
+            rollout.relieve()
             assert max(rollout.pending(segment) for segment in range(1, 4)) <= cap
             rollout.feed(step.tokens)

@@ -17,7 +17,7 @@ import offramp
 import offramp_lm_eval
 import pytest
 import torch
-from tiny import make_model
+from tiny import byte_tokenizer, make_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
 if find_spec("lm_eval") is None:
@@ -33,21 +33,6 @@ from offramp.evaluation.memory import BUDGET, Remembered
 TASKS = Path(__file__).parents[1] / "data" / "lm_eval"
 NAMES = [*local_tasks(), "offramp_test_rolling", "offramp_test_continue"]
 LAYERS = (1, 3, 5)
-
-
-def byte_tokenizer(vocabulary=89):
-    """Letters, digits and signs as tokens; everything else is unknown."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    signs = [chr(code) for code in range(32, 127) if chr(code).lower() == chr(code)][: vocabulary - 8]
-    words = ["<pad>", "<s>", "<unk>", "\n", "\t", "</s>", *signs]
-    raw = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    raw.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=raw, eos_token="</s>", bos_token="<s>", unk_token="<unk>", pad_token="<pad>"
-    )
 
 
 @pytest.fixture(scope="module")

@@ -120,6 +120,7 @@ def test_what_a_head_has_read_is_the_emitted_text(adapted, taus, prompts, cap):
         tokens, waited = ids, 0
         for turn in range(24):
             step = rollout.step(needed)
+            rollout.relieve()
             waited = max(waited, *(reader.waiting for reader in rollout.readers))
             assert cap is None or max(reader.waiting for reader in rollout.readers) <= cap
             rollout.feed(step.tokens)

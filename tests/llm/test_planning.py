@@ -133,6 +133,33 @@ def test_exits_that_do_not_pay_are_switched_off(mode):
         assert nothing.predicted == 6
 
 
+def test_exits_that_prove_slower_than_none_are_switched_off():
+    scores = scores_of([[0.9] * 40] * 3, [[True] * 40] * 3, [1] + [0] * 39)
+    plan = make_plan(costs(), scores, (1, 3, 5), 6, lambda *_: [0.5] * 3, 0.9)
+    assert plan.exit.layers
+    assert plan.verify.layers
+    found = plan.with_measured({"off": 6.0, "exit": 5.9, "verify": 6.1})
+    assert found.exit.layers == plan.exit.layers
+    assert found.exit.measured == 5.9
+    assert found.verify.layers == ()
+    assert set(found.verify.thresholds) == {math.inf}
+    assert found.verify.predicted == found.verify.measured == found.off.measured == 6.0
+    # Nothing is known of a mode that was not timed.
+    assert plan.with_measured({"off": 6.0}).verify.layers == plan.verify.layers
+
+
+def test_rows_a_head_has_not_read_are_forgotten_with_a_wrong_draft():
+    """A deep head with keys and values of its own does not catch up on positions that were taken back."""
+    margins = [[0.9, 0.1, 0.9, 0.9], [0.1, 0.9, 0.1, 0.1]]
+    scores = scores_of(margins, [[False, True, True, True], [True] * 4], [1, 0, 0, 0])
+    prices = Costs((0.0,) * 8, (0.0,) * 8, ((0.0,) * 8, tuple(float(rows) for rows in ROWS)), 0.0)
+    plan = make_plan(prices, scores, (1, 3), 6, lambda *_: [0.5, 0.5], 0.9)
+    both = next(item for item in plan.considered if item.mode == "verify" and item.layers == (1, 3))
+    # Two rows for the second token; the end of the text brings two more, which go with the wrong first one, and the
+    # second token is asked for again.
+    assert both.predicted == pytest.approx((2 + 1) / 4)
+
+
 def test_trying_on_few_tokens_first_loses_no_more_than_noise(monkeypatch):
     """Of four heads' 105 ways to verify, the one found is as fast as the fastest of all."""
     generator = np.random.default_rng(5)

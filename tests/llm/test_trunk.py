@@ -10,6 +10,8 @@ from offramp.llm.cache import GrowingCache
 from offramp.llm.trunk import Trunk, positions_from_mask
 from tiny import make_model
 from transformers import (
+    Phi3Config,
+    Phi3ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     T5Config,
@@ -125,6 +127,51 @@ def test_a_lean_path_that_deviates_is_given_up(monkeypatch, part):
     assert trunk.is_lean
     trunk.prove((2, 4))
     assert not trunk.is_lean
+
+
+def test_a_way_that_only_single_rows_go_is_proved_too(monkeypatch):
+    right = lean._rms_norm
+
+    def wrong(hidden, weight, eps):
+        return right(hidden, weight, eps) * (1.01 if hidden.numel() == len(weight) else 1)
+
+    monkeypatch.setattr(lean, "_rms_norm", wrong)
+    trunk = Trunk(make_model())
+    assert trunk.is_lean
+    trunk.prove((2, 4))
+    assert not trunk.is_lean
+
+
+@pytest.mark.parametrize("share", [0.0, 1e-6])
+def test_the_proof_says_how_far_off_it_was(monkeypatch, share):
+    right = Trunk.logits
+    monkeypatch.setattr(Trunk, "logits", lambda trunk, hidden: right(trunk, hidden) * (1 + share))
+    trunk = Trunk(make_model())
+    trunk._lean = None
+    trunk.prove((2, 4))
+    if share:
+        assert trunk.deviation == pytest.approx(share, rel=0.2)
+    else:
+        assert trunk.deviation < 1e-6
+
+
+def test_where_longer_texts_turn_all_keys_the_window_ends_before():
+    torch.manual_seed(0)
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "rope_theta": 1e4}
+    config = Phi3Config(
+        **SMALL,
+        max_position_embeddings=128,
+        original_max_position_embeddings=16,
+        rope_parameters=rope,
+        pad_token_id=0,
+    )
+    model = Phi3ForCausalLM(config).eval()
+    ee = EarlyExitModel(model, layers=(1,))
+    ids = torch.randint(0, 50, (1, 9), generator=torch.Generator().manual_seed(1))
+    expected = model.generate(ids, max_new_tokens=7, do_sample=False)
+    assert torch.equal(ee.generate(ids, mode="off", max_new_tokens=7), expected)
+    with pytest.raises(InputError, match="context window holds 16"):
+        ee.generate(ids, mode="off", max_new_tokens=8)
 
 
 @pytest.mark.parametrize("change", ["patched", "hooked"])

@@ -18,6 +18,7 @@ from transformers import (
     StoppingCriteria,
     StoppingCriteriaList,
     TextStreamer,
+    TopPLogitsWarper,
 )
 
 NEW = 30
@@ -215,19 +216,27 @@ def test_the_streamer_sees_confirmed_tokens_only(trained, thresholds, prompts):
             self.parts, self.ended = [], False
 
         def put(self, value):
-            self.parts.append(value.reshape(-1))
+            self.parts.append(value)
 
         def end(self):
             self.ended = True
 
-    ids = prompts[0][:1]
-    recorder = Recorder()
-    output = trained.generate(
-        ids, max_new_tokens=NEW, mode="verify", thresholds=thresholds, streamer=recorder
-    )
-    assert recorder.ended
-    assert torch.equal(torch.cat(recorder.parts), output[0])
-    assert any(len(part) > 1 for part in recorder.parts[1:])
+    for rows in (1, len(prompts[0])):
+        ids, mask = (part[:rows] for part in prompts)
+        recorder = Recorder()
+        output = trained.generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=NEW,
+            mode="verify",
+            thresholds=thresholds,
+            streamer=recorder,
+        )
+        assert recorder.ended
+        # As transformers hands them over: the prompts, then one token of every row at a time.
+        assert torch.equal(recorder.parts[0], ids)
+        assert all(part.shape == (rows,) for part in recorder.parts[1:])
+        assert torch.equal(torch.stack(recorder.parts[1:], dim=1), output[:, ids.shape[1] :])
 
 
 def test_keys_and_values_are_the_full_models_after_rejections(
@@ -257,7 +266,8 @@ def test_keys_and_values_are_the_full_models_after_rejections(
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
-def test_sampling_has_the_full_models_distribution():
+@pytest.mark.parametrize("kept", [1.0, 0.8])
+def test_sampling_has_the_full_models_distribution(kept):
     """Pairs of sampled tokens, counted over thousands of rows, against the exact probabilities."""
     model = make_model(vocab_size=8, eos_token_id=None, pad_token_id=0)
     for parameter in model.parameters():
@@ -271,9 +281,10 @@ def test_sampling_has_the_full_models_distribution():
     rows = 4000
     prompt = torch.tensor([[1, 5, 2]])
     with torch.no_grad():
-        first = (model(prompt).logits[0, -1] / 0.9).softmax(-1)
+        cut = TopPLogitsWarper(kept) if kept < 1 else lambda _, scores: scores
+        first = cut(prompt, model(prompt).logits[:, -1] / 0.9).softmax(-1)[0]
         longer = torch.cat([prompt.expand(8, 3), torch.arange(8)[:, None]], dim=1)
-        second = (model(longer).logits[:, -1] / 0.9).softmax(-1)
+        second = cut(longer, model(longer).logits[:, -1] / 0.9).softmax(-1)
     expected = (first[:, None] * second).flatten().numpy().astype(float)
     counts = {}
     for mode in ("verify", "exit"):
@@ -285,6 +296,7 @@ def test_sampling_has_the_full_models_distribution():
             do_sample=True,
             temperature=0.9,
             top_k=0,
+            top_p=kept,
             max_new_tokens=3,
             return_dict_in_generate=True,
         )
@@ -303,6 +315,8 @@ def test_sampling_has_the_full_models_distribution():
         return stats.chisquare(kept, wanted * kept.sum() / wanted.sum()).pvalue
 
     assert p_value(counts["verify"]) > 1e-3
+    assert counts["verify"][expected == 0].sum() == 0
+    assert (expected == 0).any() == (kept < 1)
     # The test can fail: plain exits sample from the heads.
     assert p_value(counts["exit"]) < 1e-6
 

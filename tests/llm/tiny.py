@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 VOCAB = 89
 END = 5
@@ -29,3 +30,15 @@ def make_model(seed: int = 0, **changes):
         if parameter.ndim == 2:
             parameter.mul_(7)
     return model
+
+
+def byte_tokenizer(vocabulary=89):
+    """Letters, digits and signs as tokens; everything else is unknown."""
+    signs = [chr(code) for code in range(32, 127) if chr(code).lower() == chr(code)][: vocabulary - 8]
+    words = ["<pad>", "<s>", "<unk>", "\n", "\t", "</s>", *signs]
+    raw = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    raw.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw, eos_token="</s>", bos_token="<s>", unk_token="<unk>", pad_token="<pad>"
+    )

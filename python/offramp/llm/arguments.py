@@ -9,7 +9,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import (
+    GenerationConfig,
+    StoppingCriteriaList,
+    StopStringCriteria,
+    SynthIDTextWatermarkingConfig,
+)
 from transformers.generation.configuration_utils import GenerationMode
 
 from offramp.errors import InputError, ModelError
@@ -24,6 +29,7 @@ _REFUSED = {
     "inputs_embeds": "give input_ids",
     "position_ids": "positions follow from attention_mask",
     "negative_prompt_ids": "guidance is not supported",
+    "token_type_ids": "tokens are embedded by themselves and their positions",
 }
 # Ways to keep keys and values that a user may ask transformers for.
 _CACHES = ("cache_implementation", "cache_config", "max_cache_len", "compile_config", "prefill_chunk_size")
@@ -81,6 +87,8 @@ def check_request(trunk: Trunk, ids: Any, kwargs: Mapping[str, Any]) -> None:
     for name, reason in _REFUSED.items():
         if kwargs.get(name) is not None:
             raise InputError(f"{name} cannot be used with exits: {reason}")
+    if _asked(trunk.model, kwargs, "token_healing"):
+        raise InputError("token_healing rewrites the prompt, which offramp continues as it is: leave it out")
     _check_cache(trunk, kwargs)
     if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or ids.numel() == 0 or ids.is_floating_point():
         raise InputError("input_ids is not a (batch, tokens) tensor of token ids with at least one token")
@@ -110,6 +118,36 @@ def _check_cache(trunk: Trunk, kwargs: Mapping[str, Any]) -> None:
                 )
 
 
+def take_stop_strings(model: Any, tokenizer: Any, kwargs: dict[str, Any]) -> None:
+    """Turn ``stop_strings``, wherever they are asked for, into one of the ``stopping_criteria``.
+
+    transformers itself hands no tokenizer on to a loop that is not its own.
+
+    Raises
+    ------
+    InputError
+        Where there is no tokenizer to read them with.
+    """
+    tokenizer = kwargs.pop("tokenizer", None) or tokenizer
+    strings = _asked(model, kwargs, "stop_strings")
+    if not strings:
+        return
+    if tokenizer is None:
+        raise InputError("stop_strings need the model's tokenizer to be found: give it as tokenizer=")
+    # None here overrules both configs.
+    kwargs["stop_strings"] = None
+    own = StopStringCriteria(tokenizer, strings)
+    kwargs["stopping_criteria"] = StoppingCriteriaList([*(kwargs.get("stopping_criteria") or ()), own])
+
+
+def _asked(model: Any, kwargs: Mapping[str, Any], name: str) -> Any:
+    """Find a setting of `generate` where transformers does: given by name, in a config given, in the model's own."""
+    if name in kwargs:
+        return kwargs[name]
+    found = getattr(kwargs.get("generation_config"), name, None)
+    return getattr(model.generation_config, name, None) if found is None else found
+
+
 def check_config(trunk: Trunk, config: GenerationConfig, mode: str) -> None:
     """Refuse ways to generate that exits do not know.
 
@@ -129,6 +167,19 @@ def check_config(trunk: Trunk, config: GenerationConfig, mode: str) -> None:
             "output_attentions and output_hidden_states are not kept with exits, whose layers run at different "
             "steps: leave them out"
         )
-    if mode == "verify" and (config.output_scores or config.output_logits):
-        raise InputError("output_scores and output_logits are not kept in verify mode: leave them out")
+    if mode == "verify":
+        _check_verified(config)
     check_length(config.max_length, trunk.max_positions, "generate")
+
+
+def _check_verified(config: GenerationConfig) -> None:
+    if config.output_scores or config.output_logits:
+        raise InputError("output_scores and output_logits are not kept in verify mode: leave them out")
+    # These remember what they were called with; here every position is asked for as a draft and judged again.
+    stateful = {
+        "guidance_scale": config.guidance_scale not in (None, 1),
+        "SynthID watermarking": isinstance(config.watermarking_config, SynthIDTextWatermarkingConfig),
+    }
+    for name, asked in stateful.items():
+        if asked:
+            raise InputError(f"{name} cannot be used in verify mode: leave it out, or use mode='exit'")

@@ -194,14 +194,20 @@ class Rollout:
         step, unanswered = self.ask(needed)
         if self.audit is not None:
             self.audit.note(step, needed, self.positions.shape[1] - 1)
-        if not unanswered.any():
-            self._relieve()
-            return step
-        logits = self.full_logits(self.run(len(self.exits))[:, -1])
-        rows = torch.from_numpy(np.flatnonzero(unanswered))
-        chosen = logits.argmax(dim=-1)[rows.to(logits.device)]
-        self._answer(step, rows, len(self.exits), chosen, logits, None)
+        if unanswered.any():
+            self.answer_whole(step, unanswered)
         return step
+
+    def answer_whole(self, step: Step, rows: NDArray[np.bool_]) -> None:
+        """Let the whole model answer rows (B,), also in the place of a head that did."""
+        logits = next((logits for _, logits, head in step.logits if head is None), None)
+        if logits is None:
+            hidden = self.flush()
+            assert hidden is not None
+            logits = self.full_logits(hidden[:, -1])
+        places = torch.from_numpy(np.flatnonzero(rows))
+        chosen = logits.argmax(dim=-1)[places.to(logits.device)]
+        self._answer(step, places, len(self.exits), chosen, logits, None)
 
     def ask(self, needed: torch.Tensor) -> tuple[Step, NDArray[np.bool_]]:
         """Ask the heads, from shallow to deep, until every needed row is answered; also tells which rows are not."""
@@ -295,8 +301,8 @@ class Rollout:
         if self.mask is not None:
             self.mask = self.mask[:, :length]
 
-    def _relieve(self) -> None:
-        """Keep the number of waiting positions within its limit, from below upwards."""
+    def relieve(self) -> None:
+        """Keep the number of waiting positions within its limit, from below upwards; done after a step."""
         if self.max_pending is None:
             return
         for segment in range(1, len(self._waiting)):
@@ -356,7 +362,7 @@ def decode(
         As transformers prepares them.
     """
     started = time.perf_counter()
-    pick = _picker(logits_processor, generation_config, rollout.trunk.vocab_size)
+    pick = _picker(logits_processor, generation_config, rollout)
     # As in transformers: rows that end in another way than by a token (stop strings) are not padded.
     pads = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
     pad = generation_config._pad_token_tensor if pads else None
@@ -370,6 +376,7 @@ def decode(
     while True:
         step = rollout.step(unfinished if pads else torch.ones_like(unfinished))
         tokens, scores = pick(input_ids, step)
+        rollout.relieve()
         if keep_logits:
             all_logits += (step.full_logits(rollout.trunk.vocab_size),)
         if keep_scores:
@@ -409,15 +416,32 @@ def finished_cache(rollout: Rollout, generation_config: GenerationConfig) -> dic
     return {"cache" if renamed else "past_key_values": rollout.cache}
 
 
+def process(
+    processors: Any, input_ids: torch.Tensor, logits: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Give processed scores (B, V), and which rows (B,) they leave no token to choose.
+
+    So it is where a head answered whose shortlist has none of the tokens that a processor allows.
+    """
+    known = logits > -torch.inf
+    # Some processors give scores of their own to tokens that have none.
+    scores: torch.Tensor = processors(input_ids, logits).masked_fill(~known, -torch.inf)
+    return scores, ~(scores.amax(dim=-1) > -torch.inf)
+
+
 def _picker(
-    logits_processor: Any, generation_config: GenerationConfig, vocab_size: int
+    logits_processor: Any, generation_config: GenerationConfig, rollout: Rollout
 ) -> Callable[[torch.Tensor, Step], tuple[torch.Tensor, torch.Tensor | None]]:
     """How the next tokens follow from a step: greedy without processors needs no logits over the vocabulary."""
     if not generation_config.do_sample and len(logits_processor) == 0:
         return lambda _, step: (step.tokens, None)
 
     def pick(input_ids: torch.Tensor, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
-        scores = logits_processor(input_ids, step.full_logits(vocab_size))
+        scores, stuck = process(logits_processor, input_ids, step.full_logits(rollout.trunk.vocab_size))
+        stuck = stuck.cpu() & (step.exits >= 0) & (step.exits < len(rollout.exits))
+        if stuck.any():
+            rollout.answer_whole(step, stuck.numpy())
+            scores, _ = process(logits_processor, input_ids, step.full_logits(rollout.trunk.vocab_size))
         if generation_config.do_sample:
             return torch.multinomial(scores.softmax(dim=-1), 1).squeeze(1), scores
         return scores.argmax(dim=-1), scores

@@ -121,7 +121,8 @@ class _Batch:
         self._bounds = (0, *(capture or ()), trunk.num_layers)
         self._emitted: list[list[int]] = [[] for _ in prompts]
         self._kept: list[_Kept] = []
-        self._shared = _shared_length(prompts)
+        # Padding after a shared prefix would count as positions within a window.
+        self._shared = 0 if trunk.forgets else _shared_length(prompts)
         tokens, mask = left_pad([prompt[self._shared :] for prompt in prompts], pad=0)
         self._inputs = tokens.to(trunk.device)
         whole = torch.ones(len(prompts), self._shared + tokens.shape[1], dtype=torch.int64)

@@ -22,7 +22,7 @@ import torch
 from transformers import PreTrainedModel
 
 from offramp.errors import InputError
-from offramp.llm.arguments import check_config, check_ids, check_request, check_share
+from offramp.llm.arguments import check_config, check_ids, check_request, check_share, take_stop_strings
 from offramp.llm.auditing import Audit, monitor_for
 from offramp.llm.calibrating import Calibration, calibrate_scores, check_eps, check_mode
 from offramp.llm.data import CorpusPlan, corpus_bytes, prepare_corpus
@@ -355,8 +355,11 @@ class EarlyExitModel:
 
         Times the parts of a decoding step, replays scored text with every set of exits, and takes the fastest for
         ``mode="exit"`` at ``eps`` and for ``mode="verify"``, where thresholds change nothing but the time.  Exits
-        that do not pay are switched off until the next calibration: no mode is then slower than the whole model
-        alone.  ``generate`` with ``thresholds=`` or another ``eps=`` does not look at the plan.
+        that do not pay, by the prediction or when they are timed, are switched off until the next calibration.
+        ``generate`` with ``thresholds=`` or another ``eps=`` does not look at the plan.
+
+        What is chosen of K exits is one of 2^K - 1 sets.  After ``calibrate(delta=...)`` each of them has its
+        guarantee; that the one chosen for its speed keeps it holds with probability 1 - (2^K - 1) delta at least.
 
         Parameters
         ----------
@@ -378,6 +381,7 @@ class EarlyExitModel:
         heads = self._trained_heads()
         if self.calibration is None:
             raise InputError("calibration: plan chooses among calibrated thresholds; call calibrate first")
+        self._warn_about_dtype(self.calibration)
         eps = self.calibration.eps if eps is None else check_eps(eps)
         scores = scores or self._scores
         starts: list[torch.Tensor] = []
@@ -398,24 +402,27 @@ class EarlyExitModel:
         self, plan: Plan, prompts: Sequence[torch.Tensor], tokens: int, progress: Progress | None
     ) -> dict[str, float]:
         """Seconds a token of every mode after the first one, in turns, median over the prompts."""
+
+        def timed(ids: torch.Tensor, mode: str, count: int) -> tuple[float, int]:
+            start = time.perf_counter()
+            self.generate(
+                ids[None].to(self._trunk.device),
+                attention_mask=torch.ones_like(ids)[None].to(self._trunk.device),
+                mode=mode,
+                thresholds=plan.best(mode).thresholds,
+                max_new_tokens=count,
+                do_sample=False,
+            )
+            return time.perf_counter() - start, self.last_stats.tokens if self.last_stats else 0
+
         taken: dict[str, list[float]] = {"off": [], "exit": [], "verify": []}
         for turn, ids in enumerate([prompts[0], *prompts]):
+            # The whole model's: an exit would put off a part of reading the prompt.
+            prefill, first = timed(ids, "off", 1)
             for mode, found in taken.items():
-                seconds, counts = [], []
-                for count in (1, tokens):
-                    start = time.perf_counter()
-                    self.generate(
-                        ids[None].to(self._trunk.device),
-                        attention_mask=torch.ones_like(ids)[None].to(self._trunk.device),
-                        mode=mode,
-                        thresholds=plan.best(mode).thresholds,
-                        max_new_tokens=count,
-                        do_sample=False,
-                    )
-                    seconds.append(time.perf_counter() - start)
-                    counts.append(self.last_stats.tokens if self.last_stats else 0)
-                if turn and counts[1] > 1:
-                    found.append((seconds[1] - seconds[0]) / (counts[1] - counts[0]))
+                seconds, count = timed(ids, mode, tokens)
+                if turn and count > first:
+                    found.append((seconds - prefill) / (count - first))
             if progress is not None:
                 progress("timing", turn, len(prompts))
         return {mode: median(found) for mode, found in taken.items() if found}
@@ -525,7 +532,8 @@ class EarlyExitModel:
             compared when the last layers run anyway or at the end.  In verify mode all are, at no cost.
         streamer, **kwargs
             As in transformers: generation_config, max_new_tokens, do_sample, temperature, logits_processor,
-            stopping_criteria, return_dict_in_generate, ...  Beam search is refused.
+            stopping_criteria, stop_strings, return_dict_in_generate, ...  Beam search is refused.  In verify mode
+            processors see drafts, too: what they return must follow from what they are given.
 
         Returns
         -------
@@ -542,6 +550,7 @@ class EarlyExitModel:
         """
         ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
         check_request(self._trunk, ids, kwargs)
+        take_stop_strings(self.model, self.tokenizer, kwargs)
         exits = self._exits(mode, eps, thresholds)
         share = check_share(audit) if mode != "verify" else float(check_share(audit) > 0)
         monitor = self._monitor_of(mode, eps, thresholds) if share else None

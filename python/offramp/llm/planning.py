@@ -124,12 +124,21 @@ class Plan:
         return {"off": self.off, "exit": self.exit, "verify": self.verify}[mode]
 
     def with_measured(self, seconds: dict[str, float]) -> Plan:
-        """Put measured seconds a token beside the predictions, by mode."""
+        """Put measured seconds a token beside the predictions, by mode.
+
+        Exits that were measured to be slower than none are switched off, whatever was predicted of them.
+        """
+        off = replace(self.off, measured=seconds.get("off", math.nan))
 
         def measured(option: Option) -> Option:
-            return replace(option, measured=seconds.get(option.mode, math.nan))
+            found = replace(option, measured=seconds.get(option.mode, math.nan))
+            if not (option.layers and found.measured > off.measured):
+                return found
+            return replace(
+                found, layers=(), thresholds=off.thresholds, predicted=off.predicted, measured=off.measured
+            )
 
-        return replace(self, off=measured(self.off), exit=measured(self.exit), verify=measured(self.verify))
+        return replace(self, off=off, exit=measured(self.exit), verify=measured(self.verify))
 
     def __str__(self) -> str:
         """Table of the modes."""
@@ -284,8 +293,11 @@ class Replay:
                 if at < len(exits) and not self.starts[at]:
                     continue
                 walk.flush()
-            walk.output(drafts + 1)
-            at = at + (exit_at == whole) if wrong is None else wrong + 1
+            asked = at + (exit_at == whole)
+            walk.output(drafts + (exit_at == whole))
+            if wrong is not None:
+                walk.forget(asked - (wrong + 1))
+            at = asked if wrong is None else wrong + 1
             wrong, drafts = None, 0
         return walk.seconds / len(exits)
 
@@ -326,6 +338,10 @@ class _Walk:
     def flush(self) -> None:
         for segment in range(len(self.sizes)):
             self._run(segment)
+
+    def forget(self, rows: int) -> None:
+        """Take the newest positions back."""
+        self.unread = [max(0, unread - rows) for unread in self.unread]
 
     def output(self, rows: int) -> None:
         self.seconds += self.costs.outputs(rows)

@@ -57,6 +57,7 @@ class Trunk:
         self.logit_factor, self.logit_cap = _logit_transform(self.config)
         self._shadow = Shadow(parts.decoder, parts.layers_name)
         self._plain_embedding = False
+        self._deviation = 0.0
         self._lean = lean.describe(self.layers, parts.decoder, self.config)
 
     @property
@@ -76,8 +77,25 @@ class Trunk:
 
     @property
     def max_positions(self) -> int:
-        """Longest sequence the model was built for, in tokens."""
-        return int(getattr(self.config, "max_position_embeddings", None) or torch.iinfo(torch.int64).max)
+        """Longest sequence the model was built for, in tokens.
+
+        Where the angles of all positions change once a text outgrows a first length (``longrope``), that length:
+        keys and values of the positions before it would have to be computed anew.
+        """
+        longest = getattr(self.config, "max_position_embeddings", None) or torch.iinfo(torch.int64).max
+        rope = getattr(self.config, "rope_parameters", None) or {}
+        if rope.get("rope_type") == "longrope":
+            first = getattr(self.config, "original_max_position_embeddings", None)
+            longest = rope.get("original_max_position_embeddings") or first or longest
+        return int(longest)
+
+    @property
+    def forgets(self) -> bool:
+        """Whether some layer attends to the newest positions only."""
+        kinds = getattr(self.config, "layer_types", None)
+        if kinds:
+            return any(kind != "full_attention" for kind in kinds)
+        return getattr(self.config, "sliding_window", None) is not None
 
     @property
     def device(self) -> torch.device:
@@ -219,12 +237,21 @@ class Trunk:
         """Whether decoding takes the short path of `lean` instead of the model's own modules."""
         return self._lean is not None
 
+    @property
+    def deviation(self) -> float:
+        """How far what runs here was from the model's own forward when it was proved.
+
+        The largest difference of a hidden state, key, value or logit, as a share of the largest residual (for keys,
+        values and logits: of the largest of them).  0 means the same bits.
+        """
+        return self._deviation
+
     def prove(self, layers: Sequence[int]) -> None:
         """Check on the model in hand that segments cut at ``layers`` compute what its own forward does.
 
-        Prefill, one cached token, and several deferred tokens, on a left-padded batch: hidden states after every
-        layer, keys, values and logits are compared.  Where the lean path deviates it is given up for the model's own
-        modules.
+        Prefill, one cached token, and several deferred tokens, on a left-padded batch and on one row: hidden states
+        after every layer, keys, values and logits are compared.  Where the lean path deviates it is given up for the
+        model's own modules.  `deviation` tells how far apart they were.
 
         Raises
         ------
@@ -249,22 +276,28 @@ class Trunk:
 
     @torch.no_grad()
     def _prove(self, layers: Sequence[int]) -> None:
+        self._deviation = 0.0
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randint(0, self.vocab_size, (2, 10), generator=generator).to(self.device)
         mask = torch.ones_like(tokens)
         mask[0, :2] = 0
+        self._learn(tokens, positions_from_mask(mask))
+        self._prove_on(tokens, mask, (0, *layers, self.num_layers))
+        # A row by itself goes other ways: no mask, and products of a single row.
+        self._prove_on(tokens[1:], None, (0, *layers, self.num_layers))
+
+    def _prove_on(self, tokens: torch.Tensor, padding: torch.Tensor | None, bounds: tuple[int, ...]) -> None:
+        mask = torch.ones_like(tokens) if padding is None else padding
         positions = positions_from_mask(mask)
         own = DynamicCache(config=self.config)
         ours = self.new_cache()
-        bounds = (0, *layers, self.num_layers)
-        self._learn(tokens, positions)
         embedded = self.embed(tokens, positions)
         filled = 0
         for end in (6, 7, 10):
             with _recorded_outputs(self.layers) as recorded:
                 expected = self.model(
                     input_ids=tokens[:, filled:end],
-                    attention_mask=mask[:, :end],
+                    attention_mask=None if padding is None else padding[:, :end],
                     position_ids=positions[:, filled:end],
                     use_cache=True,
                     **cache_argument(self.model.forward, own),
@@ -280,7 +313,7 @@ class Trunk:
                         layer + 1,
                         cache=ours,
                         positions=positions[:, filled:end],
-                        attention_mask=mask,
+                        attention_mask=padding,
                     )
                     reference = _first(recorded[layer])
                     # A residual keeps what was rounded where it was largest, also when a later layer cancels it.
@@ -288,7 +321,7 @@ class Trunk:
                     self._compare(hidden, reference, mask[:, filled:end], f"layer {layer + 1}", largest)
             self._compare(self.logits(hidden), expected.logits, mask[:, filled:end], "the output layer")
             filled = end
-        self._prove_deferred(tokens, mask, positions, own, bounds)
+        self._prove_deferred(tokens, padding, positions, own, bounds)
 
     def _learn(self, tokens: torch.Tensor, positions: torch.Tensor) -> None:
         """Find out what a shadow cannot see: what the layers return, and whether tokens alone make the embedding."""
@@ -301,16 +334,17 @@ class Trunk:
     def _prove_deferred(
         self,
         tokens: torch.Tensor,
-        mask: torch.Tensor,
+        padding: torch.Tensor | None,
         positions: torch.Tensor,
         own: DynamicCache,
         bounds: tuple[int, ...],
     ) -> None:
         """Compare the keys and values of segments that each take the tokens in another number of pieces."""
+        mask = torch.ones_like(tokens) if padding is None else padding
         cache = self.new_cache()
         hidden = self.embed(tokens, positions)
-        for first, last in pairwise(bounds):
-            step = 3 if first == 0 else tokens.shape[1]
+        for segment, (first, last) in enumerate(pairwise(bounds)):
+            step = (3, 4, tokens.shape[1])[segment % 3]
             pieces = []
             for start in range(0, tokens.shape[1], step):
                 rows = slice(start, start + step)
@@ -321,7 +355,7 @@ class Trunk:
                         last,
                         cache=cache,
                         positions=positions[:, rows],
-                        attention_mask=mask,
+                        attention_mask=padding,
                     )
                 )
             hidden = torch.cat(pieces, dim=1)
@@ -346,8 +380,11 @@ class Trunk:
     ) -> None:
         kept = mask.bool()
         mine, reference = mine[kept].float(), reference[kept].float()
-        allowed = _TOLERANCE.get(self.dtype, 1e-5) * (largest or float(reference.abs().max()))
+        scale = largest or float(reference.abs().max())
+        allowed = _TOLERANCE.get(self.dtype, 1e-5) * scale
         difference = float((mine - reference).abs().max())
+        if difference and scale:
+            self._deviation = max(self._deviation, difference / scale)
         if not difference <= allowed:
             raise ModelError(
                 f"model: {type(self.model).__name__} cannot be run in segments: {where} differs from the model's own "

@@ -17,7 +17,14 @@ import torch
 from transformers import GenerationConfig
 
 from offramp.llm.auditing import Audit
-from offramp.llm.decoding import EarlyExitOutput, GenerationStats, Rollout, Step, finished_cache
+from offramp.llm.decoding import (
+    EarlyExitOutput,
+    GenerationStats,
+    Rollout,
+    Step,
+    finished_cache,
+    process,
+)
 
 
 @torch.no_grad()
@@ -62,7 +69,8 @@ def decode_verified(
         if text.confirmed:
             text.unfinished &= ~stops
             if streamer is not None and text.tokens.shape[1] > streamed:
-                streamer.put(text.tokens[:, streamed:].flatten().cpu())
+                for column in text.tokens[:, streamed:].T.cpu():
+                    streamer.put(column)
                 streamed = text.tokens.shape[1]
         if not bool(text.unfinished.any()):
             break
@@ -87,11 +95,16 @@ class _Rule:
         self.processors, self.sample, self.vocab_size = processors, sample, vocab_size
         self.plain = not sample and len(processors) == 0
 
-    def draft(self, prefix: torch.Tensor, step: Step) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Tokens (B,) by whoever answered, and for sampling the probabilities (B, V) they were drawn with."""
+    def draft(self, prefix: torch.Tensor, step: Step) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+        """Tokens (B,) by whoever answered, and for sampling the probabilities (B, V) they were drawn with.
+
+        None where processors leave a row that was answered no token its head can emit.
+        """
         if self.plain:
             return step.tokens, None
-        scores = self.processors(prefix, step.full_logits(self.vocab_size))
+        scores, stuck = process(self.processors, prefix, step.full_logits(self.vocab_size))
+        if (stuck.cpu() & (step.exits >= 0)).any():
+            return None
         if not self.sample:
             return scores.argmax(dim=-1), None
         q = scores.softmax(dim=-1)
@@ -183,10 +196,11 @@ class _Text:
         self._active = active
         ahead = [bool(queue) for queue in self._ahead]
         step, unanswered = self.rollout.ask(active & ~torch.tensor(ahead, device=active.device))
-        if unanswered.any():
+        drafted = None if unanswered.any() else self.rule.draft(self.tokens, step)
+        if drafted is None:
             self.verify()
             return
-        tokens, q = self.rule.draft(self.tokens, step)
+        tokens, q = drafted
         depths = self._by_exit[step.exits]
         if self.pad is not None:
             tokens = torch.where(self.unfinished, tokens, torch.full_like(tokens, self.pad))
@@ -226,10 +240,11 @@ class _Text:
             at = first + place
             draft = self._drafts[place] if at < written else None
             drafted = self.tokens[:, at] if draft is not None else None
+            # Before processors, which may change what they are given.
+            choices = logits[:, place].argmax(dim=-1).tolist() if self.audit is not None else []
             stands, own = self.rule.judge(
                 self.tokens[:, :at], logits[:, place], drafts=drafted, q=None if draft is None else draft.q
             )
-            choices = logits[:, place].argmax(dim=-1).tolist() if self.audit is not None else []
             for row, (holds, token) in enumerate(zip(stands.tolist(), own.tolist(), strict=True)):
                 settled = draft.settled[row] if draft is not None else row in exempt
                 if (
