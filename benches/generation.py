@@ -2,9 +2,10 @@
 
 FOLDER holds calibrated heads.  Every contender continues the same held-out prompts greedily at batch 1, in turns
 prompt by prompt, prefill included; ratios are medians over the prompts.  What the step gains (exits off, over
-transformers) and what exits gain (over exits off) stand in columns of their own.  Nothing is timed before exits off and
-verify mode have written what transformers writes, up to close calls.  With ``--output FILE`` what was chosen and every
-prompt's times are kept there as they come, and a run that was interrupted, or limited by ``--at-most``, goes on.
+transformers) and what exits gain (over exits off) stand in columns of their own.  Exits off and verify mode must write
+what transformers writes, up to close calls: on two prompts before anything is timed, and on all of them after.  With
+``--output FILE`` what was chosen and every prompt's times are kept there as they come, and a run that was interrupted,
+or limited by ``--at-most``, goes on.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import copy
 import inspect
 import json
+import math
 import sys
 import time
 from dataclasses import dataclass, field
@@ -31,6 +33,7 @@ from offramp.llm.sequences import TokenSequence, encode_prompts
 
 PLAIN, OFF, VERIFY = "transformers generate", "offramp, exits off", "offramp, verify"
 PLANNED_VERIFY = "offramp, planned verify"
+EXACT = (OFF, VERIFY, PLANNED_VERIFY)
 # Enough to tell which layer suits a peer, and to warm up.
 _TRIED = 16
 
@@ -135,7 +138,7 @@ def check(ee, runs, prompts, tokens, tie):
     """Refuse to time what does not write the model's own text."""
     for ids in prompts:
         own = runs[PLAIN](ids[None], tokens)[0]
-        for name in (OFF, VERIFY, PLANNED_VERIFY):
+        for name in EXACT:
             gap = gap_at_difference(ee.model, runs[name](ids[None], tokens)[0], own)
             if gap is not None and gap >= tie:
                 raise SystemExit(
@@ -176,6 +179,7 @@ def rows(ee, results):
                 run.depths[int(layer)] = run.depths.get(int(layer), 0) + count
     for name, run in found.items():
         agreeing, total = ee.agreement(run.texts)
+        gaps = partings(ee, run.texts, found[PLAIN].texts) if name in EXACT else []
         yield {
             "name": name,
             "tokens_per_second": median(run.speed),
@@ -186,6 +190,8 @@ def rows(ee, results):
                 torch.equal(mine.tokens, own.tokens)
                 for mine, own in zip(run.texts, found[PLAIN].texts, strict=True)
             ),
+            # Where texts that should be transformers' part from it.
+            "widest_gap": max(gaps, default=math.nan),
             "tokens_by_exit": run.depths,
         }
 
@@ -197,21 +203,22 @@ def depths_of(row):
 
 def table(found):
     """The rows in Markdown.  What the step gains stands in the row of exits off, what exits gain in the last ratio."""
-    yield "| | tokens/s | × transformers | × exits off | agreement | same text | tokens by layer |"
-    yield "|---|---|---|---|---|---|---|"
+    yield "| | tokens/s | × transformers | × exits off | agreement | same text | widest gap | tokens by layer |"
+    yield "|---|---|---|---|---|---|---|---|"
     for row in found:
         yield (
             f"| {row['name']} | {row['tokens_per_second']:.1f} | {row['over_transformers']:.2f} "
-            f"| {row['over_exits_off']:.2f} | {row['agreement']:.3f} | {row['same_text']} | {depths_of(row)} |"
+            f"| {row['over_exits_off']:.2f} | {row['agreement']:.3f} | {row['same_text']} | {row['widest_gap']:.2g} "
+            f"| {depths_of(row)} |"
         )
 
 
-def partings(ee, results):
-    """How far apart the model's two largest logits are where texts that should be transformers' part from them."""
-    for name in (OFF, VERIFY, PLANNED_VERIFY):
-        pairs = [[torch.tensor(result[who]["text"]) for who in (name, PLAIN)] for result in results]
-        gaps = [gap_at_difference(ee.model, *pair) for pair in pairs]
-        yield name, [gap for gap in gaps if gap is not None]
+def partings(ee, texts, own):
+    """How far apart the model's two largest logits are where texts part from transformers', for those that do."""
+    gaps = [
+        gap_at_difference(ee.model, mine.tokens, other.tokens) for mine, other in zip(texts, own, strict=True)
+    ]
+    return [gap for gap in gaps if gap is not None]
 
 
 class Kept:
@@ -283,8 +290,11 @@ def main():
             found = list(rows(ee, kept.results))
             print("\n".join(table(found)), flush=True)
             everything += [{"dtype": dtype} | row | {"tokens_by_exit": depths_of(row)} for row in found]
-            for name, gaps in partings(ee, kept.results):
-                print(f"{name}: logits apart where its texts part from transformers': {gaps}")
+            for row in found:
+                if row["widest_gap"] >= TIE[dtype]:
+                    raise SystemExit(
+                        f"{row['name']} parts from transformers where logits are {row['widest_gap']} apart"
+                    )
     if arguments.table:
         write_csv(arguments.table, everything)
     print(json.dumps({"threads": torch.get_num_threads(), "machine": machine.describe()}))

@@ -32,7 +32,9 @@ def gap_at_difference(model, mine, own):
     if torch.equal(mine, own):
         return None
     shared = min(len(mine), len(own))
-    at = int((mine[:shared] == own[:shared]).long().argmin()) if shared else 0
+    differ = (mine[:shared] != own[:shared]).nonzero()
+    # One may be the beginning of the other, where it ended and the other did not.
+    at = int(differ[0]) if len(differ) else shared
     first, second = model(input_ids=own[None, :at]).logits[0, -1].float().topk(2).values
     return float(first - second)
 

@@ -10,6 +10,8 @@ from offramp.llm.cache import GrowingCache
 from offramp.llm.trunk import Trunk, positions_from_mask
 from tiny import make_model
 from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
     Phi3Config,
     Phi3ForCausalLM,
     Qwen2Config,
@@ -140,6 +142,14 @@ def test_a_way_that_only_single_rows_go_is_proved_too(monkeypatch):
     assert trunk.is_lean
     trunk.prove((2, 4))
     assert not trunk.is_lean
+
+
+def test_training_mode_is_named_as_the_reason():
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=3, n_head=4, vocab_size=50)).train()
+    with pytest.raises(ModelError, match=r"differs from .* call model\.eval\(\) first"):
+        EarlyExitModel(model, layers=(1,))
+    EarlyExitModel(model.eval(), layers=(1,))
 
 
 @pytest.mark.parametrize("share", [0.0, 1e-6])

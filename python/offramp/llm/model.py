@@ -571,6 +571,8 @@ class EarlyExitModel:
             check_config(self._trunk, generation_config, mode)
             input_ids = input_ids.to(self._trunk.device)
             mask = model_kwargs.get("attention_mask")
+            if mask is not None and bool(mask.all()):
+                mask = None
             checks = None
             if monitor is not None:
                 room = max(generation_config.max_length - input_ids.shape[1], 1)

@@ -389,7 +389,14 @@ class Trunk:
             raise ModelError(
                 f"model: {type(self.model).__name__} cannot be run in segments: {where} differs from the model's own "
                 f"forward by {difference:.3g} (allowed {allowed:.3g}), so exits on it would not be exact"
+                + self._why()
             )
+
+    def _why(self) -> str:
+        """Say what a user is likely to have overlooked."""
+        if not self.model.training:
+            return ""
+        return "; it is in training mode, where dropout makes every pass another: call model.eval() first"
 
 
 @contextmanager
