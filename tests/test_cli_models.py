@@ -331,7 +331,6 @@ def test_evaluation_agrees_with_the_models_own_count(workplace):
     ee = offramp.EarlyExitModel.from_pretrained(workplace[0] / "exits", device="cpu")
     texts = ["a b c", "h", "d d e f g"]
     decoded = decode_prompts(ee, texts, eps=0.3, max_new_tokens=15, batch=2)
-    assert len({len(passage.tokens) for passage in decoded.passages}) >= 1
     agreeing = total = 0
     for text, passage in zip(texts, decoded.passages, strict=True):
         inputs = model_inputs(ee, [text])

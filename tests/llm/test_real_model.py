@@ -123,12 +123,12 @@ def test_teacher_forced_exits_are_decoded_exits(demo, exits):
     depths = np.array([*exits.layers, exits.num_layers])
     prompt_ids = encode_prompts(prompts("held_out")[:20], demo[1], max_positions=8192)
     assert len(prompt_ids) == 20
-    taken = []
+    taken, excused = [], 0
     for ids in prompt_ids:
         output = exits.generate(
             ids[None],
             attention_mask=torch.ones_like(ids)[None],
-            max_new_tokens=8,
+            max_new_tokens=16,
             thresholds=thresholds,
             return_dict_in_generate=True,
         )
@@ -137,14 +137,18 @@ def test_teacher_forced_exits_are_decoded_exits(demo, exits):
         # A margin this close to its threshold may fall on either side of it, and a tie between two tokens either way.
         gap = np.abs(scores.scores.astype(np.float64) - np.array(thresholds)[:, None]).min(axis=0)
         decoded = output.exit_layers[0].numpy()
-        assert ((depths[at] == decoded) | (gap < TIE)).all()
+        other_exit = depths[at] != decoded
+        assert (gap < TIE)[other_exit].all()
         said = np.vstack([scores.choices, scores.model_choices])[at, np.arange(len(at))]
         emitted = output.sequences[0, len(ids) :].numpy()
         top = np.vstack([scores.scores, near_ties(demo[0], output.sequences[0], len(ids)).numpy()])
         tied = top[at, np.arange(len(at))] < TIE
-        assert ((said == emitted) | (gap < TIE) | tied).all()
+        other_token = said != emitted
+        assert ((gap < TIE) | tied)[other_token].all()
+        excused += int((other_exit | other_token).sum())
         taken += decoded.tolist()
-    assert len(taken) > 100
+    assert len(taken) > 200
+    assert excused <= 3
     assert len(set(taken)) > 1
 
 

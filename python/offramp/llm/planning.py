@@ -157,6 +157,9 @@ class Plan:
 def measure_costs(trunk: Trunk, heads: ExitHeads, decide: Callable[[torch.Tensor], Any]) -> Costs:
     """Time layers, output matrix and heads on this machine, each alone, medians of several runs.
 
+    In a step of decoding other weights have passed through the processor's caches before a head or the output matrix
+    has its turn, so these are also timed after all layers.
+
     Parameters
     ----------
     decide
@@ -166,32 +169,35 @@ def measure_costs(trunk: Trunk, heads: ExitHeads, decide: Callable[[torch.Tensor
     cache = trunk.new_cache()
     hidden = trunk.embed(tokens, _positions(trunk, 0, _CONTEXT))
     trunk.run(hidden, 0, trunk.num_layers, cache=cache, positions=_positions(trunk, 0, _CONTEXT))
-    layer, output = [], []
-    for rows in _ROWS:
-        new = hidden[:, :rows]
 
-        def layers(new: torch.Tensor = new, rows: int = rows) -> None:
-            cache.crop_to(0, trunk.num_layers, _CONTEXT)
-            trunk.run(
-                new, 0, trunk.num_layers, cache=cache, positions=_positions(trunk, _CONTEXT, _CONTEXT + rows)
-            )
+    def layers(rows: int) -> None:
+        cache.crop_to(0, trunk.num_layers, _CONTEXT)
+        positions = _positions(trunk, _CONTEXT, _CONTEXT + rows)
+        trunk.run(hidden[:, :rows], 0, trunk.num_layers, cache=cache, positions=positions)
 
-        layer.append(_seconds(layers, trunk) / trunk.num_layers)
-        output.append(_seconds(partial(_choose, trunk, new), trunk))
-    asked = measure_heads(trunk, heads, decide)
+    layer = tuple(_seconds(partial(layers, rows), trunk) / trunk.num_layers for rows in _ROWS)
+    after = partial(layers, 1)
+    output = _by_rows(lambda rows: _choose(trunk, hidden[:, :rows]), _ROWS, trunk, after)
+    asked = measure_heads(trunk, heads, decide, after)
     one = tokens[:, :1]
     step = _seconds(lambda: trunk.embed(one, _positions(trunk, 0, 1)), trunk)
-    return Costs(tuple(layer), tuple(output), asked, step)
+    return Costs(layer, output, asked, step)
 
 
 @torch.no_grad()
 def measure_heads(
-    trunk: Trunk, heads: ExitHeads, decide: Callable[[torch.Tensor], Any]
+    trunk: Trunk,
+    heads: ExitHeads,
+    decide: Callable[[torch.Tensor], Any],
+    after: Callable[[], Any] = lambda: None,
 ) -> tuple[tuple[float, ...], ...]:
-    """Time each head with its decision, over 1, 2, 3, 4, 6, 8, 16 and 32 rows that wait, as in `Costs`."""
+    """Time each head with its decision, over 1, 2, 3, 4, 6, 8, 16 and 32 rows that wait, as in `Costs`.
+
+    ``after`` is what runs before a head is asked in decoding; without it a head is timed by itself.
+    """
     tokens = torch.zeros(1, _CONTEXT, dtype=torch.int64, device=trunk.device)
     hidden = trunk.embed(tokens, _positions(trunk, 0, _CONTEXT))
-    return tuple(_head_costs(trunk, Reader(heads.after(at)), hidden, decide) for at in heads.layers)
+    return tuple(_head_costs(trunk, Reader(heads.after(at)), hidden, decide, after) for at in heads.layers)
 
 
 def make_plan(
@@ -377,7 +383,11 @@ def _choose(trunk: Trunk, hidden: torch.Tensor) -> torch.Tensor:
 
 
 def _head_costs(
-    trunk: Trunk, reader: Reader, hidden: torch.Tensor, decide: Callable[[torch.Tensor], Any]
+    trunk: Trunk,
+    reader: Reader,
+    hidden: torch.Tensor,
+    decide: Callable[[torch.Tensor], Any],
+    after: Callable[[], Any],
 ) -> tuple[float, ...]:
     """Seconds of asking a head that has read the context, with each number of rows waiting."""
     reader.see(hidden)
@@ -389,17 +399,34 @@ def _head_costs(
         decide(reader.answer(_positions(trunk, 0, _CONTEXT + rows), None))
 
     if reader.state is None:
-        return (_seconds(partial(ask, 1), trunk),) * len(_ROWS)
-    return tuple(_seconds(partial(ask, rows), trunk) for rows in _ROWS)
+        return _by_rows(ask, _ROWS[:1], trunk, after) * len(_ROWS)
+    return _by_rows(ask, _ROWS, trunk, after)
 
 
-def _seconds(work: Callable[[], Any], trunk: Trunk) -> float:
+def _by_rows(
+    work: Callable[[int], Any], counts: Sequence[int], trunk: Trunk, after: Callable[[], Any]
+) -> tuple[float, ...]:
+    """Seconds of work over each number of rows, in the state ``after`` leaves the processor's caches in."""
+    warm = [_seconds(partial(work, rows), trunk) for rows in counts]
+    # Reading from further away takes as much longer over any number of rows.
+    longer = max(0.0, _seconds(partial(work, counts[0]), trunk, after) - warm[0])
+    return tuple(seconds + longer for seconds in warm)
+
+
+def _seconds(work: Callable[[], Any], trunk: Trunk, after: Callable[[], Any] = lambda: None) -> float:
     taken = []
     for turn in range(_REPEATS + 3):
+        after()
+        _finish(trunk)
         start = time.perf_counter()
         work()
-        if trunk.device.type == "cuda":
-            torch.cuda.synchronize(trunk.device)
+        _finish(trunk)
         if turn >= 3:
             taken.append(time.perf_counter() - start)
     return median(taken)
+
+
+def _finish(trunk: Trunk) -> None:
+    """Wait for what a device has been told to do."""
+    if trunk.device.type == "cuda":
+        torch.cuda.synchronize(trunk.device)
