@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -31,10 +32,11 @@ def gap_at_difference(model, mine, own):
     """How far apart the model's two largest logits are where two texts (T,) part; ``None`` for equal ones."""
     if torch.equal(mine, own):
         return None
-    shared = min(len(mine), len(own))
-    differ = (mine[:shared] != own[:shared]).nonzero()
-    # One may be the beginning of the other, where it ended and the other did not.
-    at = int(differ[0]) if len(differ) else shared
+    differ = (mine[: len(own)] != own[: len(mine)]).nonzero()
+    if not len(differ):
+        # One goes on where the other ended, which rounding does not explain.
+        return math.inf
+    at = int(differ[0])
     first, second = model(input_ids=own[None, :at]).logits[0, -1].float().topk(2).values
     return float(first - second)
 

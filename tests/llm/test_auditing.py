@@ -74,6 +74,33 @@ def test_every_early_token_is_compared(ee, thresholds, prompts, cap):
     assert (checked > wrong).any()
 
 
+@pytest.mark.parametrize("cap", [0, None])
+def test_what_the_whole_model_wrote_in_a_heads_place_is_not_compared(ee, prompts, cap):
+    listed = ee.heads.after(1).shortlist.tolist()
+    foreign = [token for token in range(6, VOCAB) if token not in listed]
+
+    def every_third(input_ids, scores):
+        outside = torch.ones(scores.shape[1], dtype=torch.bool)
+        outside[listed if input_ids.shape[1] % 3 else foreign] = False
+        return scores.masked_fill(outside, -math.inf)
+
+    ids, mask = prompts
+    output = ee.generate(
+        ids,
+        attention_mask=mask,
+        max_new_tokens=12,
+        eos_token_id=None,
+        audit=1.0,
+        max_pending=cap,
+        thresholds=[-1.0] * 3,
+        logits_processor=[every_third],
+        return_dict_in_generate=True,
+    )
+    early = (output.exit_layers == 1).sum(dim=1).tolist()
+    assert early == [8] * 4
+    assert ee.monitor.told[0][0].tolist() == [[count, 0, 0] for count in early]
+
+
 def test_the_end_is_not_left_out(ee, prompts):
     """An exit that takes everything leaves nothing but what waits at the end."""
     thresholds = [0.0, math.inf, math.inf]

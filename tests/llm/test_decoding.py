@@ -16,6 +16,8 @@ from tiny import VOCAB, byte_tokenizer
 from transformers import (
     CompileConfig,
     GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
     StoppingCriteria,
     StoppingCriteriaList,
     SynthIDTextWatermarkingConfig,
@@ -279,11 +281,24 @@ def test_stop_strings_end_rows_that_leave_early(trained, thresholds, prompts):
     assert tokenizer.decode(ended[0]).endswith(text)
 
 
+class Grammar(LogitsProcessor):
+    """Allows these tokens at even positions, those at odd ones, and bans the rest by a score of its own."""
+
+    def __init__(self, even, odd, banned):
+        self.sides, self.banned = (even, odd), banned
+
+    def __call__(self, input_ids, scores):
+        outside = torch.ones(scores.shape[1], dtype=torch.bool)
+        outside[self.sides[input_ids.shape[1] % 2]] = False
+        return scores.masked_fill(outside, self.banned)
+
+
 @pytest.mark.parametrize("sampled", [False, True])
 @pytest.mark.parametrize("cap", [0, None])
 @pytest.mark.parametrize("mode", ["exit", "verify"])
+@pytest.mark.parametrize("by", ["the model's call", -math.inf, torch.finfo(torch.float32).min])
 def test_where_a_head_has_no_allowed_token_the_whole_model_answers(
-    trained, model, prompts, mode, cap, sampled
+    trained, model, prompts, mode, cap, sampled, by
 ):
     """Grammars allow few tokens, and a shortlist may hold none of them."""
     ids, mask = prompts
@@ -294,9 +309,15 @@ def test_where_a_head_has_no_allowed_token_the_whole_model_answers(
         "max_new_tokens": 12,
         "eos_token_id": None,
         "do_sample": sampled,
-        # In turns: what any head can emit, and what none can.
-        "prefix_allowed_tokens_fn": lambda _, text: foreign if len(text) % 2 else listed,
     }
+    if sampled:
+        # It cannot be asked about nothing.
+        settings["eta_cutoff"] = 1e-3
+    # In turns: what any head can emit, and what none can.
+    if by == "the model's call":
+        settings["prefix_allowed_tokens_fn"] = lambda _, text: foreign if len(text) % 2 else listed
+    else:
+        settings["logits_processor"] = LogitsProcessorList([Grammar(listed, foreign, by)])
     output = trained.generate(
         ids,
         mode=mode,
@@ -315,7 +336,7 @@ def test_where_a_head_has_no_allowed_token_the_whole_model_answers(
         assert torch.equal(output.sequences, model.generate(ids, **settings))
 
 
-def test_guidance_works_where_every_position_is_asked_once(trained, model, prompts):
+def test_guidance_works_with_exits_off(trained, model, prompts):
     ids = prompts[0][:1]
     settings = {"guidance_scale": 1.5, "max_new_tokens": 12, "do_sample": False}
     expected = model.generate(ids, **settings)
@@ -399,13 +420,15 @@ def test_the_streamer_sees_every_token(trained, thresholds, prompts):
         ({"token_healing": True}, "token_healing rewrites the prompt"),
         ({"generation_config": GenerationConfig(token_healing=True)}, "token_healing rewrites the prompt"),
         ({"stop_strings": ["a"]}, "stop_strings need the model's tokenizer"),
-        ({"mode": "verify", "guidance_scale": 1.5}, "guidance_scale cannot be used in verify mode"),
+        ({"stop_strings": []}, "stop_strings is empty"),
+        ({"guidance_scale": 1.5}, "guidance_scale cannot be used with exits"),
+        ({"mode": "verify", "guidance_scale": 1.5}, "guidance_scale cannot be used with exits"),
         (
             {
                 "mode": "verify",
                 "watermarking_config": SynthIDTextWatermarkingConfig(keys=[1, 2, 3], ngram_len=3),
             },
-            "SynthID watermarking cannot be used in verify mode",
+            "SynthID watermarking cannot be used with exits",
         ),
         ({"position_ids": torch.arange(9)[None]}, "position_ids cannot be used"),
         ({"cache": DynamicCache()}, "cache cannot be used"),

@@ -225,5 +225,4 @@ def test_predicted_and_measured_time_agree(ee, monkeypatch):
     assert plan.verify.layers
     for option in (plan.off, plan.exit, plan.verify):
         assert option.measured == pytest.approx(option.predicted, rel=0.15), option.mode
-        assert option.measured <= plan.off.measured
     assert "x exits off" in str(plan)

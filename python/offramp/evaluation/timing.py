@@ -80,7 +80,7 @@ def in_turn(
     alike = [name for name in contenders if name not in unlike]
     for name in alike[1:]:
         if not same(found[alike[0]], found[name]):
-            raise RuntimeError(f"{name} found another threshold or margin, so its time means nothing")
+            raise RuntimeError(f"{name} found something else, so its time means nothing")
     repeats = {name: max(1, round(_SHORTEST / once[name])) for name in contenders}
     looped = {name: partial(_loop, run, repeats[name]) for name, run in contenders.items()}
     taken = alternate(looped, rounds=rounds, seconds=seconds)

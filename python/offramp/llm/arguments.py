@@ -5,6 +5,7 @@ For `model`; everything else about transformers' arguments is transformers' own 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,7 +29,7 @@ _REFUSED = {
     "cache": "offramp keeps its own cache",
     "inputs_embeds": "give input_ids",
     "position_ids": "positions follow from attention_mask",
-    "negative_prompt_ids": "guidance is not supported",
+    "negative_prompt_ids": "they are not supported",
     "token_type_ids": "tokens are embedded by themselves and their positions",
 }
 # Ways to keep keys and values that a user may ask transformers for.
@@ -130,14 +131,24 @@ def take_stop_strings(model: Any, tokenizer: Any, kwargs: dict[str, Any]) -> Non
     """
     tokenizer = kwargs.pop("tokenizer", None) or tokenizer
     strings = _asked(model, kwargs, "stop_strings")
-    if not strings:
+    if strings is None:
         return
+    if not strings:
+        raise InputError("stop_strings is empty: give strings to stop at, or leave it out")
     if tokenizer is None:
         raise InputError("stop_strings need the model's tokenizer to be found: give it as tokenizer=")
-    # None here overrules both configs.
-    kwargs["stop_strings"] = None
-    own = StopStringCriteria(tokenizer, strings)
-    kwargs["stopping_criteria"] = StoppingCriteriaList([*(kwargs.get("stopping_criteria") or ()), own])
+    config: Any = kwargs.get("generation_config")
+    if getattr(config, "stop_strings", None) and model.generation_config.stop_strings is None:
+        # To say so beside a config is deprecated.
+        kwargs["generation_config"] = config = copy.deepcopy(config)
+        config.stop_strings = None
+        kwargs.pop("stop_strings", None)
+    else:
+        kwargs["stop_strings"] = None
+    given = kwargs.get("stopping_criteria") or ()
+    # As in transformers a criterion of the user's own takes the place of one of its kind.
+    if not any(type(criterion) is StopStringCriteria for criterion in given):
+        kwargs["stopping_criteria"] = StoppingCriteriaList([*given, StopStringCriteria(tokenizer, strings)])
 
 
 def _asked(model: Any, kwargs: Mapping[str, Any], name: str) -> Any:
@@ -167,19 +178,19 @@ def check_config(trunk: Trunk, config: GenerationConfig, mode: str) -> None:
             "output_attentions and output_hidden_states are not kept with exits, whose layers run at different "
             "steps: leave them out"
         )
-    if mode == "verify":
-        _check_verified(config)
+    if mode == "verify" and (config.output_scores or config.output_logits):
+        raise InputError("output_scores and output_logits are not kept in verify mode: leave them out")
+    if mode != "off":
+        _check_processors(config)
     check_length(config.max_length, trunk.max_positions, "generate")
 
 
-def _check_verified(config: GenerationConfig) -> None:
-    if config.output_scores or config.output_logits:
-        raise InputError("output_scores and output_logits are not kept in verify mode: leave them out")
-    # These remember what they were called with; here every position is asked for as a draft and judged again.
+def _check_processors(config: GenerationConfig) -> None:
+    # These remember what they were called with, and are called again where a draft is judged or a head has no token.
     stateful = {
         "guidance_scale": config.guidance_scale not in (None, 1),
         "SynthID watermarking": isinstance(config.watermarking_config, SynthIDTextWatermarkingConfig),
     }
     for name, asked in stateful.items():
         if asked:
-            raise InputError(f"{name} cannot be used in verify mode: leave it out, or use mode='exit'")
+            raise InputError(f"{name} cannot be used with exits: leave it out, or use mode='off'")

@@ -68,6 +68,10 @@ class Audit:
         for row in np.flatnonzero(looked_at & (exits >= 0)).tolist():
             self._waiting.append((position, row, int(exits[row]), int(step.tokens[row])))
 
+    def forget(self, rows: NDArray[np.bool_], position: int) -> None:
+        """Leave out rows (B,) in whose place the whole model has answered after all."""
+        self._waiting = [item for item in self._waiting if not (item[0] == position and rows[item[1]])]
+
     def hear(self, rollout: Rollout, hidden: torch.Tensor, first: int) -> None:
         """Compare with what left the last layer (B, q, H), whose positions start at ``first``.
 

@@ -16,7 +16,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessorList
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from offramp.errors import InputError, OutOfMemoryError
@@ -200,6 +200,8 @@ class Rollout:
 
     def answer_whole(self, step: Step, rows: NDArray[np.bool_]) -> None:
         """Let the whole model answer rows (B,), also in the place of a head that did."""
+        if self.audit is not None:
+            self.audit.forget(rows, self.positions.shape[1] - 1)
         logits = next((logits for _, logits, head in step.logits if head is None), None)
         if logits is None:
             hidden = self.flush()
@@ -424,9 +426,19 @@ def process(
     So it is where a head answered whose shortlist has none of the tokens that a processor allows.
     """
     known = logits > -torch.inf
-    # Some processors give scores of their own to tokens that have none.
-    scores: torch.Tensor = processors(input_ids, logits).masked_fill(~known, -torch.inf)
-    return scores, ~(scores.amax(dim=-1) > -torch.inf)
+    listed = ~known.all(dim=-1)
+    stuck = torch.zeros_like(listed)
+    if not listed.any():
+        return processors(input_ids, logits), stuck
+    scores = logits
+    for processor in processors:
+        apply: Any = LogitsProcessorList([processor])
+        # Some give scores of their own to tokens that have none, and some the lowest number there is.
+        scores = apply(input_ids, scores).masked_fill(~known, -torch.inf)
+        stuck |= listed & ~(scores.amax(dim=-1) > torch.finfo(scores.dtype).min)
+        # What follows may not know what to do with a row of nothing.
+        scores = scores.masked_fill(stuck[:, None], 0.0)
+    return scores, stuck
 
 
 def _picker(

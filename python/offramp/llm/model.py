@@ -529,11 +529,12 @@ class EarlyExitModel:
             Most positions that may wait for deeper layers after a step; ``None`` for no limit.
         audit
             Share of the early tokens to compare with the whole model's own, for `monitor`: drawn at random beforehand,
-            compared when the last layers run anyway or at the end.  In verify mode all are, at no cost.
+            compared when the last layers run anyway or at the end.  In verify mode all are that were judged (up to the
+            first of a run that did not hold), at no cost.
         streamer, **kwargs
             As in transformers: generation_config, max_new_tokens, do_sample, temperature, logits_processor,
-            stopping_criteria, stop_strings, return_dict_in_generate, ...  Beam search is refused.  In verify mode
-            processors see drafts, too: what they return must follow from what they are given.
+            stopping_criteria, stop_strings, return_dict_in_generate, ...  Beam search is refused.  Processors may be
+            asked for a position more than once: what they return must follow from what they are given.
 
         Returns
         -------

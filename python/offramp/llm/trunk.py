@@ -95,7 +95,8 @@ class Trunk:
         kinds = getattr(self.config, "layer_types", None)
         if kinds:
             return any(kind != "full_attention" for kind in kinds)
-        return getattr(self.config, "sliding_window", None) is not None
+        local = "local" in (getattr(self.config, "attention_layers", None) or ())
+        return local or getattr(self.config, "sliding_window", None) is not None
 
     @property
     def device(self) -> torch.device:
@@ -242,7 +243,7 @@ class Trunk:
         """How far what runs here was from the model's own forward when it was proved.
 
         The largest difference of a hidden state, key, value or logit, as a share of the largest residual (for keys,
-        values and logits: of the largest of them).  0 means the same bits.
+        values and logits: of the largest of them), in float32.  0 means the same bits.
         """
         return self._deviation
 

@@ -36,7 +36,7 @@ class PaperConfig:
     documents : int or None
         Documents of each at most.
     seed : int
-        Seed of the training.
+        Seed of the training and of the intervals.
     """
 
     layers: tuple[int, ...] = ()
