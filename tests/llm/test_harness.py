@@ -329,7 +329,7 @@ def asked(stored, output):
     """Arguments of the command for a small task, and where its result will be."""
     return [
         *("--model", "offramp", "--model_args", f"pretrained={stored},eps=0.5", "--limit", "3"),
-        *("--device", "cpu", "--tasks", "offramp_pronouns", "--output_path", str(output)),
+        *("--tasks", "offramp_pronouns", "--output_path", str(output)),
     ]
 
 

@@ -53,7 +53,7 @@ class OfframpLM(HFLM):  # type: ignore[misc]  # untyped
     thresholds : sequence of float, optional
         Use these thresholds instead, one a head.
     device, dtype : str, optional
-        For loading the folder's base model.
+        For loading the folder's base model; the CPU where there is no CUDA.
     remember : Remembered, optional
         Where to keep the hidden states at the exits of every batch that is scored, so that scoring the same requests
         at other thresholds (`use`) runs no layer again.  Costs memory: (exits + 1) x hidden size floats a token.
@@ -74,6 +74,9 @@ class OfframpLM(HFLM):  # type: ignore[misc]  # untyped
         **kwargs: Any,
     ) -> None:
         ee = pretrained
+        # Its command asks for CUDA unless told otherwise; as its own model does, take the CPU where there is none.
+        if str(device).startswith("cuda") and not torch.cuda.is_available():
+            device = "cpu"
         if not isinstance(ee, EarlyExitModel):
             ee = EarlyExitModel.from_pretrained(ee, device=device, dtype=dtype)
         self.exits = ee
