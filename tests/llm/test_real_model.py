@@ -51,6 +51,17 @@ def held_out(demo):
     return encode_prompts(prompts("held_out")[:4], demo[1], max_positions=8192)
 
 
+@pytest.fixture(scope="module")
+def own_texts(demo, held_out):
+    """What transformers writes after each of the prompts."""
+    return [
+        demo[0].generate(
+            ids[None], attention_mask=torch.ones_like(ids)[None], max_new_tokens=NEW, do_sample=False
+        )[0]
+        for ids in held_out
+    ]
+
+
 def near_ties(model, sequence, start):
     """Gap between the full model's two largest logits at each generated position."""
     with torch.no_grad():
@@ -66,29 +77,22 @@ def assert_same_up_to_ties(model, mine, own, start, tie=TIE):
         assert near_ties(model, own, start)[first - start] < tie
 
 
-def test_with_exits_off_the_tokens_are_those_of_generate(demo, exits, held_out):
-    model, _ = demo
-    for ids in held_out:
-        own = model.generate(
-            ids[None], attention_mask=torch.ones_like(ids)[None], max_new_tokens=NEW, do_sample=False
-        )
+def test_with_exits_off_the_tokens_are_those_of_generate(demo, exits, held_out, own_texts):
+    for ids, own in zip(held_out, own_texts, strict=True):
         for settings in ({"mode": "off"}, {"thresholds": [np.inf] * 3}):
             mine = exits.generate(
                 ids[None], attention_mask=torch.ones_like(ids)[None], max_new_tokens=NEW, **settings
             )
-            assert_same_up_to_ties(model, mine[0], own[0], len(ids))
+            assert_same_up_to_ties(demo[0], mine[0], own, len(ids))
 
 
-def test_a_left_padded_batch_gives_the_same_tokens(demo, exits, held_out):
+def test_a_left_padded_batch_gives_the_same_tokens(demo, exits, held_out, own_texts):
     model, tokenizer = demo
     batch = tokenizer.pad({"input_ids": [ids.tolist() for ids in held_out]}, return_tensors="pt")
     mine = exits.generate(**batch, max_new_tokens=NEW, mode="off")
-    for row, ids in zip(mine, held_out, strict=True):
-        own = model.generate(
-            ids[None], attention_mask=torch.ones_like(ids)[None], max_new_tokens=NEW, do_sample=False
-        )
-        tokens = row[len(row) - NEW - len(ids) :][: own.shape[1]]
-        assert_same_up_to_ties(model, tokens, own[0], len(ids))
+    for row, ids, own in zip(mine, held_out, own_texts, strict=True):
+        tokens = row[len(row) - NEW - len(ids) :][: len(own)]
+        assert_same_up_to_ties(model, tokens, own, len(ids))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -128,7 +132,7 @@ def test_teacher_forced_exits_are_decoded_exits(demo, exits):
         output = exits.generate(
             ids[None],
             attention_mask=torch.ones_like(ids)[None],
-            max_new_tokens=16,
+            max_new_tokens=8,
             thresholds=thresholds,
             return_dict_in_generate=True,
         )
@@ -147,8 +151,8 @@ def test_teacher_forced_exits_are_decoded_exits(demo, exits):
         assert ((gap < TIE) | tied)[other_token].all()
         excused += int((other_exit | other_token).sum())
         taken += decoded.tolist()
-    assert len(taken) > 200
-    assert excused <= 3
+    assert len(taken) > 100
+    assert excused <= 2
     assert len(set(taken)) > 1
 
 
