@@ -165,10 +165,11 @@ def _decisions(session: Session, vocabulary: int | None, rounds: int) -> dict[st
         logits = like_a_model(size, session.seed)
         for dtype in dtypes:
             session.say(f"timing decide: {size:,} logits, {dtype}")
-            found = contenders(logits, dtype)
+            held = as_held(logits, dtype)
+            found = contenders(held, dtype)
             for name, run in found.items():
                 if name != READ:
-                    check(run, name, as_held(logits, dtype))
+                    check(run, name, held)
             seconds[f"{size} {dtype}"] = in_turn(
                 found,
                 lambda ours, other: ours[0] == other[0],
