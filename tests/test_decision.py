@@ -121,7 +121,9 @@ def test_lists_are_float32(module):
 
 
 @BOTH
-@pytest.mark.parametrize("tau", [0.5, 1, 0, -INF, INF, np.float32(0.5), np.float16(0.5), torch.tensor(0.5)])
+@pytest.mark.parametrize(
+    "tau", [0.5, 1, 0, -INF, INF, np.float64(0.5), np.float32(0.5), np.float16(0.5), torch.tensor(0.5)]
+)
 def test_scalar_taus(module, tau):
     logits = np.log(np.array([[0.2, 0.7, 0.1], [0.4, 0.35, 0.25]], np.float32))
     decision = module.decide(logits, tau)
@@ -285,7 +287,6 @@ def test_other_threads_run_during_a_batch():
         assert not progress(lambda: exits(rows[:1], 0.5), 100)
         assert progress(lambda: _core.top2_margin_rows(rows, "float32"), 1000)
         assert progress(lambda: exits(rows, 0.5), 1000)
-        assert progress(lambda: exits(rows, np.zeros(64)), 1000)
     finally:
         stop.set()
         sys.setswitchinterval(interval)
@@ -294,7 +295,13 @@ def test_other_threads_run_during_a_batch():
 
 @pytest.mark.parametrize(
     ("contender", "within"),
-    [("by_numpy", 1e-6), ("_by_logsumexp", 2e-6), ("_by_softmax", 1e-4)],
+    [
+        ("decide", 1e-6),
+        ("by_numpy", 1e-6),
+        ("_by_logsumexp", 1e-6),
+        ("_by_softmax", 1e-6),
+        ("_by_fused_softmax", 1e-4),
+    ],
 )
 def test_the_bench_times_what_finds_the_same(monkeypatch, capsys, contender, within):
     """A contender whose margin is further off than its own arithmetic, or whose token is another, ends the bench."""
@@ -303,8 +310,9 @@ def test_the_bench_times_what_finds_the_same(monkeypatch, capsys, contender, wit
     for token_off, margin_off, code in ((0, 0.5, 0), (0, 3.0, 1), (1, 0.0, 1)):
 
         def off(*given, token_off=token_off, margin_off=margin_off):
-            token, _ = honest(*given)
-            _, exact = peers.exactly(np.float32(given[-1].tolist()))
+            token, *_ = honest(*given)
+            (row,) = (item for item in given if isinstance(item, torch.Tensor))
+            _, exact = peers.exactly(np.float32(row.tolist()))
             return token + token_off, exact + margin_off * within
 
         monkeypatch.setattr(peers, contender, off)

@@ -135,9 +135,15 @@ def assert_within_stated_error(logits, margin):
 
 
 def yes_or_no(rows, dtype, tau):
-    """The engine's form of the decision, on rows (B, V)."""
+    """The engine's form of the decision, on rows (B, V), with a threshold for all or for each."""
+    bits = rows.view(np.uint16) if rows.itemsize == 2 else rows
     tokens, exits = np.full(len(rows), -1), np.empty(len(rows), bool)
-    _core.exits_rows(rows.view(np.uint16) if rows.itemsize == 2 else rows, dtype, tau, tokens, exits)
+    if np.ndim(tau) == 0:
+        _core.exits_rows(bits, dtype, tau, tokens, exits)
+    else:
+        for row, own in enumerate(tau):
+            one = slice(row, row + 1)
+            _core.exits_rows(bits[one], dtype, own, tokens[one], exits[one])
     return tokens, exits
 
 
@@ -160,7 +166,7 @@ def test_bulk(dtype, kind):
         for logits, one in zip(rows, margin, strict=True):
             assert_within_stated_error(logits, float(one))
         assert top2_margin(rows[0]) == (token[0], margin[0])
-        for tau in around(margin):
+        for tau in (*around(margin), float(np.median(margin))):
             named, exits = yes_or_no(rows, dtype, tau)
             np.testing.assert_array_equal(named, token)
             np.testing.assert_array_equal(exits, margin >= tau)

@@ -138,7 +138,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tiny, tmp_path, monkeypatch
     def train(ee, *arguments, **settings):
         if len(trained) == 2:
             raise KeyboardInterrupt
-        trained.append((ee.head.init, settings["entropy_weight"]))
+        trained.append((ee.head_configs[ee.layers[0]].init, settings["entropy_weight"]))
         return real(ee, *arguments, **settings)
 
     monkeypatch.setattr(offramp.EarlyExitModel, "train_heads", train)

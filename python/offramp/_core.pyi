@@ -44,7 +44,7 @@ def instruction_sets() -> list[str]: ...
 def exits_rows(
     logits: NDArray[Any],
     dtype: str,
-    tau: float | NDArray[np.float64],
+    tau: float,
     tokens: NDArray[np.int64],
     exits: NDArray[np.bool_],
 ) -> None: ...

@@ -112,7 +112,8 @@ def decide(logits: Any, tau: ArrayLike) -> Decision:
 
 def _one_tau(tau: Any) -> float:
     # Reading any kind of threshold takes far longer than seeing that a float is not NaN.
-    return tau if isinstance(tau, float) and not isnan(tau) else float(read_tau(tau, None))
+    # numpy's float64 is one, too, and compares to numpy's bool.
+    return float(tau if isinstance(tau, float) and not isnan(tau) else read_tau(tau, None))
 
 
 def read_logits(logits: Any) -> Floats:

@@ -21,7 +21,18 @@ from offramp.llm.trunk import Trunk
 from tiny import make_model
 
 
-def train(folder: Path, progress=None, processes=None) -> Trainer:
+class Measured(Trainer):
+    """Notes how large the first step's gradient was."""
+
+    first_gradient: float | None = None
+
+    def train_step(self, numbers):
+        super().train_step(numbers)
+        if self.first_gradient is None:
+            self.first_gradient = float(torch.cat([p.grad.flatten() for p in self.parameters]).norm())
+
+
+def train(folder: Path, progress=None, processes=None) -> Measured:
     trunk = Trunk(make_model())
     trunk.prove((2, 4))
     generator = torch.Generator().manual_seed(5)
@@ -32,17 +43,14 @@ def train(folder: Path, progress=None, processes=None) -> Trainer:
     corpus = prepare_corpus(
         trunk, CorpusPlan((2, 4), 2000, 8, 9), folder / "corpus", prompts=starts, progress=progress
     )
-    heads = build_heads(trunk, corpus, (2, 4), HeadConfig("adapter", shortlist=50), 4)
+    heads = build_heads(trunk, corpus, HeadConfig.for_layers(HeadConfig("adapter", shortlist=50), (2, 4)), 4)
     if "DISAGREE" in os.environ:
         # As a head might that is drawn without a seed.
         torch.nn.init.ones_(heads.after(2).linear.bias)
     if processes.first:
         processes.wait()
     config = TrainingConfig(epochs=2, batch_size=64, seed=4, precision="float32")
-    state = folder / "state.safetensors"
-    trainer = Trainer(
-        trunk, heads, corpus, config, checkpoint=state, checkpoint_seconds=0, processes=processes
-    )
+    trainer = Measured(trunk, heads, corpus, config, folder=folder, checkpoint_seconds=0, processes=processes)
     trainer.run(progress)
     return trainer
 
@@ -62,5 +70,6 @@ if __name__ == "__main__":
     done = train(Path(sys.argv[1]), lambda stage, at, _total: print(stage, at, flush=True), mine)
     heads = b"".join(tensor.numpy().tobytes() for tensor in done.heads.own_state().values())
     print("heads", hashlib.sha256(heads).hexdigest(), flush=True)
+    print("gradient", done.first_gradient, flush=True)
     if mine.first:
         print("history", json.dumps([asdict(item) for item in done.history]), flush=True)

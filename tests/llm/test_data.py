@@ -131,6 +131,15 @@ def test_continuations_stop_at_the_context_window(trunk):
     assert len(sequence.tokens) == 160
 
 
+def test_a_row_stops_at_its_own_window_not_at_its_neighbours(trunk):
+    prompts = [torch.full((150,), 7), torch.full((4,), 8), torch.full((140,), 9)]
+    together = continue_prompts(trunk, prompts, max_new_tokens=30).sequences
+    assert [item.generated for item in together] == [10, 30, 20]
+    for prompt, item in zip(prompts, together, strict=True):
+        [alone] = continue_prompts(trunk, [prompt], max_new_tokens=30).sequences
+        assert torch.equal(item.tokens, alone.tokens)
+
+
 def test_a_batch_holds_what_the_model_said_and_held(trunk, starts, tmp_path):
     corpus = prepare_corpus(trunk, PLAN, tmp_path, prompts=starts)
     assert corpus.rows >= PLAN.tokens
@@ -265,6 +274,11 @@ def test_the_size_is_told_before(trunk, starts, tmp_path, monkeypatch):
         prepare_corpus(trunk, plan, tmp_path / "b", prompts=starts)
     assert not shards(tmp_path / "b")
     prepare_corpus(trunk, plan, tmp_path / "a", prompts=starts)  # nothing is missing, so nothing is needed
+    # What is there of other layers makes no room for these.
+    other = CorpusPlan((1, 3), 2500, 12, 9)
+    monkeypatch.setattr("offramp.llm.data.shutil.disk_usage", lambda _: SimpleNamespace(free=told // 10))
+    with pytest.raises(StorageError, match="GB free"):
+        prepare_corpus(trunk, other, tmp_path / "a", prompts=starts)
 
 
 def test_an_interrupted_corpus_is_completed_to_the_same_bytes(trunk, starts, tmp_path):
@@ -314,10 +328,15 @@ def test_a_corpus_of_something_else_is_refused(trunk, starts, tmp_path):
     prepare_corpus(trunk, PLAN, tmp_path, prompts=starts)
     for plan, prompts, what in (
         (CorpusPlan((2, 4), 2500, 12, 8), starts, "seed"),
+        (CorpusPlan((2, 4), 2500, 13, 9), starts, "max_new_tokens"),
         (PLAN, starts[1:], "text"),
+        # What another tokenizer makes of the same words.
+        (PLAN, [prompt.flip(0) for prompt in starts], "text"),
     ):
         with pytest.raises(StorageError, match=f"another {what}"):
             prepare_corpus(trunk, plan, tmp_path, prompts=prompts)
+    with pytest.raises(StorageError, match="another end"):
+        prepare_corpus(trunk, PLAN, tmp_path, prompts=starts, end_tokens=[7])
     changed = type(trunk)(trunk.model)
     first = changed.model.model.layers[0].mlp.up_proj.weight
     kept = first.clone()
@@ -382,10 +401,15 @@ def test_prompts_are_continued_greedily_and_come_round_warmer(trunk, starts, tmp
         return original(trunk, prompts, temperatures=temperatures, generator=generator, **kwargs)
 
     monkeypatch.setattr("offramp.llm.data.continue_prompts", recording)
-    prepare_corpus(trunk, CorpusPlan((2,), 128 * 5, 5), tmp_path, prompts=starts[:32])
-    assert len(set(asked)) == len(asked) == 128
+    corpus = prepare_corpus(trunk, CorpusPlan((2,), 9 * 32 * 5, 5), tmp_path, prompts=starts[:32])
+    assert len(asked) == 9 * 32
     assert asked[:32] == [(tuple(prompt.tolist()), 0.0) for prompt in starts[:32]]
-    assert len(set(seeds)) == len(seeds) == 2
+    assert [heat for _, heat in asked[::32]] == [0.0, *[0.5, 0.8, 1.0] * 3][:9]
+    assert len(set(seeds)) == len(seeds) == 3
+    # However often a prompt's turn comes, its text is new.
+    for number in range(32):
+        found = {tuple(corpus.sequence(number + 32 * turn).tokens.tolist()) for turn in range(9)}
+        assert len(found) >= 8
 
 
 @pytest.mark.parametrize("name", ["corpus.json", "shard-00000.json"])
@@ -394,8 +418,25 @@ def test_a_damaged_note_gets_a_sentence(trunk, starts, tmp_path, name, text):
     plan = CorpusPlan((2,), 20, 5)
     prepare_corpus(trunk, plan, tmp_path, prompts=starts)
     (tmp_path / name).write_bytes(text.encode(errors="surrogateescape"))
-    with pytest.raises(StorageError, match="damaged"):
+    with pytest.raises(StorageError, match=rf"{name} .*damaged"):
         prepare_corpus(trunk, plan, tmp_path, prompts=starts)
+
+
+def test_a_note_of_other_files_or_none_is_named(trunk, starts, tmp_path):
+    """Shards after one whose note is gone would be written over."""
+    prepare_corpus(trunk, PLAN, tmp_path, prompts=starts)
+    kept = shards(tmp_path)
+    note = tmp_path / "shard-00001.json"
+    whole = note.read_text()
+    for other in (whole.replace("layer-2", "layer-x"), whole.replace('"text"', '"layer-3"'), None):
+        note.unlink() if other is None else note.write_text(other)
+        with pytest.raises(StorageError, match=r"shard-00001\.json is damaged"):
+            prepare_corpus(trunk, PLAN, tmp_path, prompts=starts)
+        note.write_text(whole)
+    assert shards(tmp_path) == kept
+    note.unlink()
+    # What is read without it needs it not.
+    assert prepare_corpus(trunk, CorpusPlan((2, 4), 500, 12, 9), tmp_path, prompts=starts).rows >= 500
 
 
 def test_an_interrupted_write_leaves_nothing_half_written(trunk, starts, tmp_path, monkeypatch):

@@ -353,6 +353,30 @@ def test_sampling_with_a_seed_is_transformers_sampling_when_off(trained, model, 
     assert torch.equal(trained.generate(ids, attention_mask=mask, mode="off", **settings), expected)
 
 
+@pytest.mark.parametrize("mode", ["exit", "verify"])
+def test_a_prompt_is_answered_as_often_as_asked(trained, model, thresholds, prompts, mode):
+    ids, mask = prompts
+    asked = {"attention_mask": mask, "num_return_sequences": 3, "max_new_tokens": 8, "do_sample": True}
+    torch.manual_seed(3)
+    own = model.generate(ids, **asked)
+    for taus in (thresholds, [2.0] * 3):
+        torch.manual_seed(3)
+        said = trained.generate(ids, mode=mode, thresholds=taus, **asked)
+        assert torch.equal(said[:, : ids.shape[1]], ids.repeat_interleave(3, dim=0))
+        assert len({tuple(row.tolist()) for row in said}) > len(ids)
+    if mode == "exit":
+        assert torch.equal(said, own)  # the exits were off
+
+
+@pytest.mark.parametrize("mode", ["exit", "verify"])
+def test_time_that_is_up_ends_the_text(trained, thresholds, prompts, mode):
+    ids, mask = prompts
+    said = trained.generate(
+        ids, attention_mask=mask, mode=mode, thresholds=thresholds, max_new_tokens=50, max_time=1e-9
+    )
+    assert said.shape[1] == ids.shape[1] + 1
+
+
 def test_sampled_exits_emit_only_tokens_their_head_can(trained, thresholds, prompts):
     ids, mask = prompts
     output = trained.generate(

@@ -48,8 +48,11 @@ FAMILIES = {
     "Qwen2": LLAMA,
     "Qwen2, sliding": LLAMA | {"use_sliding_window": True, "sliding_window": 5, "layer_types": ALTERNATING},
     "Qwen3": LLAMA | {"head_dim": 8},
+    "Qwen3, sliding": LLAMA
+    | {"head_dim": 8, "use_sliding_window": True, "sliding_window": 5, "layer_types": ALTERNATING},
     "Phi": MULTI_HEAD,
     "Phi3": LLAMA,
+    "Phi3, sliding": LLAMA | {"sliding_window": 5},
     "Gemma2": GEMMA | {"query_pre_attn_scalar": 8, "final_logit_softcapping": 5.0},
     "Gemma2, uncapped": GEMMA | {"query_pre_attn_scalar": 8, "attn_logit_softcapping": None},
     "Gemma3": GEMMA | {"query_pre_attn_scalar": 8, "layer_types": ALTERNATING},

@@ -319,7 +319,7 @@ def stored(exits, tmp_path_factory):
     exits.model.save_pretrained(folder / "tiny")
     exits.tokenizer.save_pretrained(folder / "tiny")
     model, tokenizer = offramp.load_model(folder / "tiny", device="cpu")
-    ee = offramp.EarlyExitModel(model, tokenizer, layers=LAYERS, head=exits.head)
+    ee = offramp.EarlyExitModel(model, tokenizer, layers=LAYERS, head=exits.head_configs)
     ee.heads, ee.calibration = exits.heads, exits.calibration
     ee.save_pretrained(folder / "exits")
     return folder / "exits"

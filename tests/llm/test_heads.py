@@ -201,7 +201,7 @@ def test_adapters_are_stored_without_what_is_the_models(adapted, texts, tmp_path
     layer = sum(parameter.numel() for parameter in adapted.model.model.layers[5].parameters())
     assert stored == 3 * (layer + 32 * 32 + 32)
     again = EarlyExitModel.from_pretrained(tmp_path / "x", model=adapted.model)
-    assert again.head == adapted.head
+    assert again.head_configs == adapted.head_configs
     first, second = (ee.score(texts[:5]) for ee in (adapted, again))
     assert np.array_equal(first.scores, second.scores)
     assert again.calibration.thresholds == adapted.calibration.thresholds
@@ -299,6 +299,9 @@ def test_kinds_that_are_none_are_refused(model):
         register_head("x")(nn.Linear)
     with pytest.raises(InputError, match="another head of this name"):
         register_head("mlp")(_Running)
+    # Nor by a class that has the name of the one that is there.
+    with pytest.raises(InputError, match="another head of this name"):
+        register_head("mlp")(type("MLPHead", (ExitHead,), {"__qualname__": "MLPHead"}))
     with pytest.raises(InputError, match="depth is 6"):
         EarlyExitModel(model, None, layers=(2,), head=HeadConfig("adapter", depth=6)).train_heads(
             sequences=[[3, 4, 5]]

@@ -162,13 +162,21 @@ def test_the_deepest_head_knows_most(exits):
     assert last[-1] > 0.4
 
 
-def test_training_lowers_the_loss(demo, cache, exits):
-    """Of heads from scratch: to what the ridge regression of others knows at once, so few tokens add little."""
-    head = offramp.HeadConfig("linear", init="scratch", shortlist=2048)
+@pytest.mark.parametrize(
+    ("head", "by"),
+    [
+        # From nothing; the ridge regression of others knows much at once, to which so few tokens add little.
+        (offramp.HeadConfig("linear", init="scratch", shortlist=2048), 0.5),
+        (offramp.HeadConfig("mlp", shortlist=2048), 0.02),
+        (offramp.HeadConfig("adapter", shortlist=2048), 0.02),
+    ],
+    ids=lambda given: getattr(given, "kind", None),
+)
+def test_training_lowers_the_loss(demo, cache, exits, head, by):
     ee = offramp.EarlyExitModel(*demo, layers=exits.layers[1:], head=head)
     history = ee.train_heads(tokens=2_500, max_new_tokens=40, epochs=3, cache=cache)
     for items in history_by_layer(history):
-        assert items[-1].loss < items[0].loss - 0.5
+        assert min(item.loss for item in items[1:]) < items[0].loss - by
 
 
 def history_by_layer(history):

@@ -154,6 +154,19 @@ def test_a_row_is_read_as_it_is_or_another_way(dtype):
         Stage().exits(torch.full_like(logits, torch.nan), 0.1)
 
 
+def test_every_generation_has_a_stage_of_its_own():
+    """Threads that shared one would overwrite each other's answers."""
+    one, other = (Stage.on(torch.device("cpu")) for _ in range(2))
+    first = one.exits(rows(torch.float32, (1, 700)), 0.1)
+    second = other.exits(rows(torch.float32, (1, 700)), 0.1)
+    assert not any(np.shares_memory(mine, its) for mine, its in zip(first, second, strict=True))
+
+
+def test_no_rows_are_refused():
+    with pytest.raises(ValueError, match=r"^logits is empty"):
+        Stage().exits(torch.empty(0, 5), 0.5)
+
+
 def test_answers_take_no_memory_of_their_own():
     stage = Stage()
     first = stage.exits(rows(torch.float32), 0.1)
@@ -214,8 +227,10 @@ def another(texts):
     return ee, [float(np.quantile(scores, 0.5)) for scores in ee.score(texts).scores]
 
 
-def test_models_decode_side_by_side(trained, thresholds, another, prompts, late):
+@pytest.mark.parametrize("logits_arrive", ["at once", "late"])
+def test_models_decode_side_by_side(trained, thresholds, another, prompts, logits_arrive, request):
     """Two models that share nothing, two generations of each, all under way at once."""
+    streams = request.getfixturevalue("late") if logits_arrive == "late" else []
     ids, mask = prompts
     work = [
         (ee, (ids[row:], mask[row:]), settings)
@@ -238,7 +253,7 @@ def test_models_decode_side_by_side(trained, thresholds, another, prompts, late)
     for thread in threads:
         thread.join()
     assert together == alone
-    assert len(late) == 2 * len(work)
+    assert len(streams) == (2 * len(work) if logits_arrive == "late" else 0)
 
 
 def test_an_abandoned_generation_reaches_no_other(trained, thresholds, prompts, late, monkeypatch):

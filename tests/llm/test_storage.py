@@ -27,7 +27,7 @@ def folder(trained, tmp_path):
 def test_heads_and_thresholds_come_back(trained, model, folder, thresholds, prompts):
     loaded = EarlyExitModel.from_pretrained(folder, model=model)
     assert loaded.layers == trained.layers
-    assert loaded.head == trained.head
+    assert loaded.head_configs == trained.head_configs
     for mine, theirs in zip(loaded.heads.parameters(), trained.heads.parameters(), strict=True):
         assert torch.equal(mine, theirs)
     assert torch.equal(loaded.heads.after(1).shortlist, trained.heads.after(1).shortlist)
@@ -55,6 +55,38 @@ def test_every_kind_of_head_comes_back(model, texts, tmp_path, head):
     assert loaded.calibration is None
     hidden = torch.randn(3, 32)
     assert torch.equal(loaded.heads.after(4)(hidden), ee.heads.after(4)(hidden))
+
+
+def test_heads_of_several_kinds_come_back(model, texts, tmp_path):
+    """Those of one shortlist share its output rows."""
+    small, large = HeadConfig("mlp", shortlist=20), HeadConfig("adapter", shortlist=60, depth=2)
+    configs = {1: small, 2: small, 3: large, 4: HeadConfig("linear", shortlist=None)}
+    ee = EarlyExitModel(model, layers=(1, 2, 3, 4), head=configs)
+    ee.train_heads(sequences=texts[:10], epochs=1)
+    ee.calibrate(0.5, sequences=texts)
+    ee.save_pretrained(tmp_path / "x")
+    loaded = EarlyExitModel.from_pretrained(tmp_path / "x", model=model)
+    assert loaded.head_configs == configs
+    for made in (ee, loaded):
+        heads = [made.heads.after(layer) for layer in made.layers]
+        assert [None if head.shortlist is None else len(head.shortlist) for head in heads] == [
+            20,
+            20,
+            60,
+            None,
+        ]
+        assert heads[0].weight.data_ptr() == heads[1].weight.data_ptr()
+        assert set(heads[0].shortlist.tolist()) < set(heads[2].shortlist.tolist())
+    mine, theirs = (made.score(texts[:8]) for made in (ee, loaded))
+    assert (mine.scores == theirs.scores).all()
+    assert (mine.correct == theirs.correct).all()
+    ids = texts[0][None, :6]
+    thresholds = [0.0, 0.2, 0.2, 0.2]
+    for mode in ("exit", "verify"):
+        said = [
+            made.generate(ids, thresholds=thresholds, max_new_tokens=12, mode=mode) for made in (ee, loaded)
+        ]
+        assert torch.equal(*said)
 
 
 def test_the_models_own_rows_are_not_saved(folder, model):
@@ -156,6 +188,7 @@ def change(**values):
         ("config.json", lambda path: path.unlink(), "config.json is missing"),
         ("config.json", change(library_name="peft"), "not written by offramp"),
         ("config.json", change(format=99), "newer offramp"),
+        ("config.json", change(format=1), "older offramp .*train and save the heads again"),
         ("config.json", change(format="x"), "newer offramp"),
         ("config.json", lambda path: path.write_text("[]"), "does not hold a JSON object"),
         ("calibration.json", lambda path: path.write_text("3"), "does not hold a JSON object"),

@@ -19,10 +19,12 @@ import numpy as np
 import pytest
 import resumable
 import torch
-from offramp import EarlyExitModel, HeadConfig, InputError, StorageError
+from offramp import EarlyExitModel, HeadConfig, InputError, StorageError, register_head
 from offramp.llm.data import CorpusPlan, prepare_corpus
-from offramp.llm.heads import AdapterHead, choose_shortlist, fit_linear, make_head
-from offramp.llm.sequences import as_sequences
+from offramp.llm.generating import continue_prompts
+from offramp.llm.heads import AdapterHead, MLPHead, choose_shortlist, fit_linear, make_head
+from offramp.llm.prompts import prompts
+from offramp.llm.sequences import as_sequences, encode_prompts
 from offramp.llm.training import (
     HeadMetrics,
     Teacher,
@@ -37,7 +39,7 @@ from offramp.llm.training import (
 from offramp.llm.trunk import Trunk
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tiny import make_model
+from tiny import byte_tokenizer, make_model
 
 
 def problem(seed=0, rows=5, size=11, width=7):
@@ -179,6 +181,20 @@ class StopError(Exception):
     pass
 
 
+@register_head("counts its steps")
+class Counting(MLPHead):
+    """A kind that keeps something besides its parameters."""
+
+    def __init__(self, trunk, config, shortlist, rows=None):
+        super().__init__(trunk, config, shortlist, rows)
+        self.register_buffer("reads", torch.zeros(1))
+
+    def features(self, hidden):
+        if torch.is_grad_enabled():
+            self.reads += 1
+        return super().features(hidden) * (1 + self.reads / 1000)
+
+
 def trainer_of(
     model,
     texts,
@@ -193,20 +209,37 @@ def trainer_of(
     config = TrainingConfig(
         epochs=2, batch_size=32, learning_rate=learning_rate, seed=seed, precision="float32"
     )
-    heads = build_heads(trunk, corpus, (2, 4), head, seed)
+    heads = build_heads(trunk, corpus, HeadConfig.for_layers(head, (2, 4)), seed)
     return Trainer(
         trunk,
         heads,
         corpus,
         config,
-        checkpoint=folder / "state.safetensors",
+        folder=folder,
         identity={},
         checkpoint_seconds=0,
     )
 
 
-def test_an_interrupted_training_goes_on_to_the_same_bits(model, texts, tmp_path):
-    whole = trainer_of(model, texts, tmp_path / "a")
+@pytest.mark.parametrize(
+    "head",
+    [
+        HeadConfig("mlp", shortlist=50),
+        HeadConfig("linear", shortlist=None),
+        HeadConfig("adapter", shortlist=50),
+        HeadConfig("adapter", shortlist=None, depth=2),
+        HeadConfig("counts its steps", shortlist=50),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("weight", [0.0, 0.3])
+def test_an_interrupted_training_goes_on_to_the_same_bits(model, texts, tmp_path, head, weight):
+    def trainer_in(folder):
+        trainer = trainer_of(model, texts, tmp_path / folder, head=head)
+        trainer.config = replace(trainer.config, entropy_weight=weight)
+        return trainer
+
+    whole = trainer_in("a")
     whole.run()
 
     def interrupt(stage, done, _total):
@@ -214,13 +247,47 @@ def test_an_interrupted_training_goes_on_to_the_same_bits(model, texts, tmp_path
             raise StopError
 
     with pytest.raises(StopError):
-        trainer_of(model, texts, tmp_path / "b").run(interrupt)
-    resumed = trainer_of(model, texts, tmp_path / "b")
+        trainer_in("b").run(interrupt)
+    resumed = trainer_in("b")
     steps = []
     resumed.run(lambda stage, done, _total: steps.append(done) if stage == "training" else None)
     assert steps[0] == 40  # the step that was under way when it stopped is done again
-    for mine, theirs in zip(resumed.heads.parameters(), whole.heads.parameters(), strict=True):
-        assert torch.equal(mine, theirs)
+    assert resumed.history == whole.history
+    theirs = whole.heads.own_state()
+    for name, mine in resumed.heads.own_state().items():
+        assert torch.equal(mine, theirs[name]), name
+
+
+def test_another_training_in_between_loses_nothing(model, texts, tmp_path):
+    def interrupt(stage, done, _total):
+        if stage == "training" and done == 40:
+            raise StopError
+
+    with pytest.raises(StopError):
+        trainer_of(model, texts, tmp_path).run(interrupt)
+    other = trainer_of(model, texts, tmp_path, seed=5)
+    other.run()
+    kept = other.checkpoint.parent.joinpath("metrics.json").read_bytes()
+    steps = []
+    trainer_of(model, texts, tmp_path).run(lambda _stage, done, _total: steps.append(done))
+    assert steps[0] == 40
+    assert other.checkpoint.parent.joinpath("metrics.json").read_bytes() == kept
+    trainer_of(model, texts, tmp_path, seed=5).run(lambda *_: pytest.fail("done again"))
+
+
+def test_the_state_is_kept_as_often_as_it_is_asked_to_be(model, texts, tmp_path, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("offramp.llm.training.time.monotonic", lambda: clock[0])
+    trainer = trainer_of(model, texts, tmp_path)
+    trainer.checkpoint_seconds = 120.0
+    saved, save = [], trainer._save
+    monkeypatch.setattr(trainer, "_save", lambda: (saved.append(trainer.step), save()))
+
+    def tick(*_):
+        clock[0] += 50.0
+
+    trainer.run(tick)
+    assert saved == [*range(3, trainer.total_steps + 1, 3), trainer.total_steps]
 
 
 def test_a_finished_training_is_not_done_again_but_another_one_is(model, texts, tmp_path):
@@ -275,7 +342,7 @@ def test_other_exits_in_the_same_cache_are_trained_as_in_one_of_their_own(model,
 @pytest.mark.parametrize("where", [0.02, 0.3, 0.9, 1.0])
 def test_a_damaged_state_is_named_and_not_gone_on_from(model, texts, tmp_path, where):
     trainer_of(model, texts, tmp_path).run()
-    path = tmp_path / "state.safetensors"
+    path = trainer_of(model, texts, tmp_path).checkpoint
     whole = path.read_bytes()
     place = min(int(len(whole) * where), len(whole) - 1)
     path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
@@ -293,7 +360,7 @@ def test_a_damaged_state_is_named_and_not_gone_on_from(model, texts, tmp_path, w
 def test_how_far_a_state_has_come_is_in_its_checksum(model, texts, tmp_path):
     """What is no tensor: the step, the metrics, and whose state it is."""
     trainer_of(model, texts, tmp_path).run()
-    path = tmp_path / "state.safetensors"
+    path = trainer_of(model, texts, tmp_path).checkpoint
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
@@ -361,7 +428,8 @@ def test_the_metrics_are_those_of_the_rows_held_back_at_the_heads_own_layer(mode
     trainer = trainer_of(model, texts, tmp_path)
     rows = trainer.corpus.batch(trainer.watched, (2, 4))
     assert 0 < len(trainer.watched) < len(trainer.train)
-    target = trainer.teacher.probabilities(rows.final, rows.log_normalizer)
+    [teacher] = trainer.teachers.values()
+    target = teacher.probabilities(rows.final, rows.log_normalizer)
     for weight in (0.0, 0.6):
         trainer.config = replace(trainer.config, entropy_weight=weight)
         for item in trainer.watch():
@@ -408,7 +476,8 @@ def test_the_gradient_of_every_parameter_is_that_of_automatic_differentiation(
             torch.nn.init.normal_(trainer.heads.after(layer).transform.down.weight, std=0.1)
     numbers = trainer.train[:6]
     batch = trainer.corpus.batch(numbers, trainer.layers)
-    target = trainer.teacher.probabilities(batch.final, batch.log_normalizer)
+    [teacher] = trainer.teachers.values()
+    target = teacher.probabilities(batch.final, batch.log_normalizer)
     losses = []
     for layer in trainer.layers:
         head = trainer.heads.after(layer)
@@ -418,9 +487,16 @@ def test_the_gradient_of_every_parameter_is_that_of_automatic_differentiation(
         cross, entropy = -(target * log_q).sum(-1), -(log_q.exp() * log_q).sum(-1)
         losses.append(((1 - weight) * cross - weight * entropy).mean())
     expected = torch.autograd.grad(sum(losses), trainer.parameters)
-    monkeypatch.setattr("offramp.llm.training._LOGITS_BUDGET", 50 * 30)
+    monkeypatch.setattr("offramp.llm.training._LOGITS_BUDGET_CPU", 50 * 30)
+    at_once = []
+    monkeypatch.setattr(
+        "offramp.llm.training.exit_gradient",
+        lambda features, *rest: at_once.append(len(features)) or exit_gradient(features, *rest),
+    )
     # The step itself changes the parameters, but not their gradients.
     trainer.train_step(numbers)
+    assert max(at_once) == 30
+    assert sum(at_once) == 2 * len(batch)
     names = {id(parameter): name for name, parameter in trainer.heads.named_parameters()}
     if kind == "linear":
         assert {"2.weight", "2.bias", "4.weight", "4.bias"} <= set(names.values())
@@ -502,7 +578,8 @@ def test_killed_at_random_moments_it_ends_as_if_it_had_not_been(tmp_path):
     whole = resumable.train(tmp_path / "whole")
     chance = random.Random(time.time())
     reached = {"generating": 0, "training": 0}
-    for stage, count in (("generating", 1), ("training", 5)):
+    written = {}
+    for stage, count in (("generating", 1), ("generating", 1), ("training", 5), ("training", 20)):
         process = start(tmp_path / "cut")
         lines = chance.randrange(1, count + 1)
         for line in process.stdout:
@@ -515,13 +592,22 @@ def test_killed_at_random_moments_it_ends_as_if_it_had_not_been(tmp_path):
         process.send_signal(signal.SIGKILL)
         process.communicate()
         assert process.returncode == -signal.SIGKILL
-    kept = {path.name: path.read_bytes() for path in (tmp_path / "cut" / "corpus").glob("*.safetensors")}
+        corpus = tmp_path / "cut" / "corpus"
+        noted = [path for note in corpus.glob("shard-*.json") for path in corpus.glob(f"{note.stem}.*")]
+        for path in noted:
+            # A shard made anew would be the same to the byte.
+            found = path.stat().st_ino, path.stat().st_mtime_ns
+            assert written.setdefault(path.name, found) == found
+    assert len(written) >= 2 * 4
+    kept = {path.name: path.read_bytes() for path in corpus.glob("*.safetensors")}
     steps, generated = [], []
     seen = {"generating": generated, "training": steps, "reading": []}
     again = resumable.train(tmp_path / "cut", lambda stage, at, _total: seen[stage].append(at))
     assert not generated
     # Saved after every step, before the next one is told of.
     assert steps[0] >= reached["training"]
+    for name, found in written.items():
+        assert found == ((corpus / name).stat().st_ino, (corpus / name).stat().st_mtime_ns)
     for name, content in kept.items():
         for folder in ("cut", "whole"):
             assert (tmp_path / folder / "corpus" / name).read_bytes() == content
@@ -542,10 +628,12 @@ def test_two_processes_train_as_one_does(tmp_path):
     outputs = [process.communicate(timeout=300)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0]
     assert "history" not in outputs[1]
-    assert outputs[0].splitlines()[-2] == outputs[1].splitlines()[-1]
-    assert outputs[1].splitlines()[-1].startswith("heads")
-    found = json.loads(outputs[0].splitlines()[-1].removeprefix("history "))
+    first, second = (dict(line.split(" ", 1) for line in lines.splitlines()) for lines in outputs)
+    assert first["heads"] == second["heads"]
+    found = json.loads(first["history"])
     one = resumable.train(tmp_path / "one")
+    # AdamW hides a factor; the sums that gradients are made of do not.
+    assert float(first["gradient"]) == pytest.approx(one.first_gradient, rel=1e-4)
     assert len(found) == len(one.history) > 10
     for mine, theirs in zip(found, one.history, strict=True):
         assert mine["loss"] == pytest.approx(theirs.loss, rel=1e-4)
@@ -553,6 +641,67 @@ def test_two_processes_train_as_one_does(tmp_path):
     # It says something only if the loss moved, and if not all heads were best in the end, as the second one finds.
     assert min(item.step for item in best_of(one.history)) < one.step
     assert one.history[-1].loss < one.history[1].loss - 0.001
+
+
+def test_heads_of_several_kinds_are_trained_as_each_would_be_alone(model, texts, tmp_path):
+    """Every list has a teacher of its own, whatever else is trained beside it."""
+    kinds = {
+        2: HeadConfig("mlp", shortlist=30),
+        3: HeadConfig("adapter", shortlist=None),
+        4: HeadConfig("linear", shortlist=60),
+    }
+
+    def train(configs, folder):
+        ee = EarlyExitModel(model, layers=sorted(configs), head=configs)
+        ee.train_heads(
+            sequences=texts[:30], epochs=1, batch_size=64, precision="float32", cache=tmp_path / folder
+        )
+        return ee.heads.own_state()
+
+    together = train(kinds, "all")
+    for layer, kind in kinds.items():
+        alone = train({layer: kind}, "all")
+        for name, tensor in alone.items():
+            torch.testing.assert_close(together[name], tensor, rtol=1e-5, atol=1e-7)
+    with pytest.raises(InputError, match=r"head is given for layers 2, 4: give one for each exit, 2, 3"):
+        EarlyExitModel(model, layers=(2, 3), head={2: "mlp", 4: "mlp"})
+
+
+def test_calibration_continues_the_calibration_prompts_and_none_that_was_trained_on(texts, monkeypatch):
+    model, tokenizer = make_model(max_position_embeddings=2048), byte_tokenizer()
+    ee = EarlyExitModel(model, tokenizer, layers=(2,))
+    ee.train_heads(sequences=texts[:10], epochs=1)
+    continued, original = [], continue_prompts
+
+    def noting(trunk, prompts, **settings):
+        continued.extend(tuple(prompt.tolist()) for prompt in prompts)
+        return original(trunk, prompts, **settings)
+
+    monkeypatch.setattr("offramp.llm.model.continue_prompts", noting)
+    ee.calibrate(0.5, tokens=300, max_new_tokens=4)
+    splits = {
+        split: {tuple(ids.tolist()) for ids in encode_prompts(prompts(split), tokenizer, max_positions=2048)}
+        for split in ("training", "calibration", "held_out")
+    }
+    assert len(set(continued)) == len(continued) >= 70
+    assert set(continued) <= splits["calibration"]
+    assert not splits["training"] & (splits["calibration"] | splits["held_out"])
+    assert not splits["calibration"] & splits["held_out"]
+
+
+def test_a_cache_in_use_is_left_alone(model, texts, tmp_path):
+    ee = EarlyExitModel(model, layers=(2,))
+    tried = []
+
+    def meanwhile(*_):
+        if not tried:
+            tried.append(EarlyExitModel(model, layers=(2,)))
+            with pytest.raises(StorageError, match=r"^cache: another process is using \S+; wait for it"):
+                tried[0].train_heads(sequences=texts[:10], epochs=1, cache=tmp_path)
+
+    ee.train_heads(sequences=texts[:10], epochs=1, cache=tmp_path, progress=meanwhile)
+    assert tried
+    tried[0].train_heads(sequences=texts[:10], epochs=1, cache=tmp_path, progress=lambda *_: None)
 
 
 @pytest.mark.parametrize("kind", ["mlp", "adapter"])
@@ -565,7 +714,7 @@ def test_heads_taught_another_positions_answers_calibrate_to_nothing(model, text
         for shard in corpus.shards if shuffled else ():
             order = torch.randperm(shard.rows, generator=torch.Generator().manual_seed(0))
             shard.text |= {name: shard.text[name][order] for name in ("final", "log_normalizer", "top")}
-        heads = build_heads(trunk, corpus, (5,), HeadConfig(kind, shortlist=60), 0)
+        heads = build_heads(trunk, corpus, {5: HeadConfig(kind, shortlist=60)}, 0)
         if kind == "adapter" and shuffled:
             # Its first map was fitted to the layer below the last, which is not shuffled: start from nothing.
             torch.nn.init.zeros_(heads.after(5).linear.weight)
@@ -621,7 +770,7 @@ def test_metrics_are_written_for_tensorboard(model, texts, tmp_path):
     history = trainer.run()
     again = trainer_of(model, texts, tmp_path)
     assert again.run() == history  # written anew, not twice
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events = EventAccumulator(str(again.checkpoint.parent / "tensorboard"))
     events.Reload()
     for layer in (2, 4):
         mine = [item for item in history if item.layer == layer]
@@ -634,7 +783,7 @@ def test_metrics_are_written_for_tensorboard(model, texts, tmp_path):
             found = events.Scalars(f"{name}/after layer {layer}")
             assert [item.step for item in found] == [item.tokens for item in mine]
             assert [item.value for item in found] == pytest.approx(values, rel=1e-5)
-    stored = json.loads((tmp_path / "metrics.json").read_text())["metrics"]
+    stored = json.loads((again.checkpoint.parent / "metrics.json").read_text())["metrics"]
     assert [item["loss"] for item in stored] == [item.loss for item in history]
 
 

@@ -158,8 +158,7 @@ def _decisions(session: Session, vocabulary: int | None, rounds: int) -> dict[st
         import torch  # noqa: PLC0415 - an optional dependency
 
         dtypes = DTYPES
-        if session.threads is not None:
-            torch.set_num_threads(session.threads)
+        torch.set_num_threads(session.threads or min(2, torch.get_num_threads()))
     seconds = {}
     for size in VOCABULARIES if vocabulary is None else (vocabulary,):
         logits = like_a_model(size, session.seed)

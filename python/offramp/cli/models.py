@@ -71,7 +71,7 @@ def demo(session: Session, *, folder: Path, tokens: int, dtype: str | None, devi
     "--max-new-tokens", type=COUNT, default=96, show_default=True, help="Tokens a prompt is continued by."
 )
 @click.option("--epochs", type=COUNT, default=2, show_default=True, help="Passes over them.")
-@click.option("--batch-size", type=COUNT, default=256, show_default=True, help="Tokens a step, at least.")
+@click.option("--batch-size", type=COUNT, default=256, show_default=True, help="Tokens a step, about.")
 @click.option("--learning-rate", type=float, help="Its peak; default: what suits each head.")
 @click.option(
     "--precision",

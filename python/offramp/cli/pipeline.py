@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from importlib.util import find_spec
@@ -301,9 +301,20 @@ def evaluate(
 def describe_training(ee: EarlyExitModel) -> str:
     """Say in a line what heads are and what they were trained on."""
     known = ee.training
-    listed = f" over a shortlist of {ee.head.shortlist:,} tokens" if ee.head.shortlist else ""
     trained = f", trained {known['epochs']} times on {known['tokens']:,} tokens" if "epochs" in known else ""
-    return f"{ee.head.kind}{listed}{trained}"
+    return f"{_describe_heads(ee.head_configs)}{trained}"
+
+
+def _describe_heads(configs: Mapping[int, HeadConfig]) -> str:
+    """Say of what kind heads are, and where they are of several, which after which layers."""
+    layers: dict[str, list[str]] = {}
+    for layer, config in configs.items():
+        listed = f" over a shortlist of {config.shortlist:,} tokens" if config.shortlist else ""
+        deep = f" of {config.depth} layers" if config.depth > 1 else ""
+        layers.setdefault(f"{config.kind}{deep}{listed}", []).append(str(layer))
+    if len(layers) == 1:
+        return next(iter(layers))
+    return "; ".join(f"{kind} after {', '.join(at)}" for kind, at in layers.items())
 
 
 def check_eps_list(eps: tuple[float, ...]) -> None:

@@ -31,12 +31,12 @@ from offramp.llm.trunk import Trunk
 FIT_ROWS = 20_000
 """Rows a head's first linear map is fitted on."""
 
-_FORMAT = 4
+_FORMAT = 5
 _BATCH = 96
 _LOGITS_CHUNK = 256
 # Every prompt is continued greedily first, which is what calibration and serving see; warmer continuations are more
-# text of the same prompts.
-_TEMPERATURES = (0.0, 0.5, 0.8, 1.0)
+# text of the same prompts, new ones however often their turn comes.
+_WARM = (0.5, 0.8, 1.0)
 # One topic in so many is kept from training, to watch it.
 _WATCHED_TOPICS = 25
 
@@ -212,7 +212,12 @@ class Corpus:
             Naming a file that does not hold what was written.
         """
         self.shards = []
-        while self.rows < tokens and _note(self.folder, len(self.shards)).exists():
+        noted = {path.name for path in self.folder.glob("shard-*.json")}
+        while self.rows < tokens and noted:
+            note = _note(self.folder, len(self.shards))
+            if note.name not in noted:
+                raise _damaged(note)  # later ones are there, and would be written over
+            noted.remove(note.name)
             self.shards.append(_Shard(self.folder, len(self.shards)))
 
     def add(self, text: dict[str, torch.Tensor], hidden: dict[int, torch.Tensor]) -> None:
@@ -221,7 +226,7 @@ class Corpus:
         checksums = {"text": _write(self.folder, index, "text", text)}
         for layer, states in hidden.items():
             checksums[f"layer-{layer}"] = _write(self.folder, index, f"layer-{layer}", {"hidden": states})
-        write_json(_note(self.folder, index), {"rows": len(text["final"]), "sha256": checksums})
+        write_json(_note(self.folder, index), {"sha256": checksums})
         self.shards.append(_Shard(self.folder, index))
 
     def complete(self, trunk: Trunk, layers: Sequence[int], progress: Progress | None = None) -> None:
@@ -247,7 +252,7 @@ class _Shard:
     def __init__(self, folder: Path, index: int) -> None:
         self.folder, self.index = folder, index
         checksums = read_json(_note(folder, index)).get("sha256")
-        if not isinstance(checksums, dict) or "text" not in checksums:
+        if not isinstance(checksums, dict) or not _names_parts(checksums):
             raise _damaged(_note(folder, index))
         parts = {part: _read(folder, index, part, checksum) for part, checksum in checksums.items()}
         self.checksums = checksums
@@ -298,7 +303,7 @@ class _Shard:
             hidden = _stored(torch.cat([states[layer] for states in found]))
             checksum = _write(self.folder, self.index, f"layer-{layer}", {"hidden": hidden})
             self.checksums[f"layer-{layer}"] = checksum
-        write_json(_note(self.folder, self.index), {"rows": self.rows, "sha256": self.checksums})
+        write_json(_note(self.folder, self.index), {"sha256": self.checksums})
         return _Shard(self.folder, self.index)
 
 
@@ -338,9 +343,9 @@ def prepare_corpus(
         If the folder belongs to something else or is damaged, or the disk has no room for what is missing.
     """
     corpus = Corpus(folder)
-    _claim(corpus.folder, _identity(trunk, plan, prompts, sequences))
+    _claim(corpus.folder, _identity(trunk, plan, prompts, sequences, end_tokens))
     corpus.open(plan.tokens)
-    _check_room(corpus, corpus_bytes(trunk, plan, prompts=prompts, sequences=sequences))
+    _check_room(corpus, plan.layers, corpus_bytes(trunk, plan, prompts=prompts, sequences=sequences))
     if prompts is not None:
         about = range(len(prompts)) if topics is None else topics
         _generate(corpus, trunk, plan, prompts, about, end_tokens, progress)
@@ -393,7 +398,7 @@ def _generate(
             [prompts[place] for _, place in turns],
             max_new_tokens=plan.max_new_tokens,
             end_tokens=end_tokens,
-            temperatures=[_TEMPERATURES[turn % len(_TEMPERATURES)] for turn, _ in turns],
+            temperatures=[_WARM[(turn - 1) % len(_WARM)] if turn else 0.0 for turn, _ in turns],
             generator=generator,
             capture=sorted({*plan.layers, *fitted}),
         )
@@ -480,6 +485,7 @@ def _identity(
     plan: CorpusPlan,
     prompts: Sequence[torch.Tensor] | None,
     sequences: Sequence[TokenSequence] | None,
+    end_tokens: Sequence[int],
 ) -> dict[str, Any]:
     return {
         "format": _FORMAT,
@@ -489,6 +495,7 @@ def _identity(
         "seed": plan.seed,
         # Token ids: another tokenizer is another text.
         "text": hash_of(list(prompts if prompts is not None else sequences or ())),
+        "end": sorted(end_tokens) if prompts is not None else [],
     }
 
 
@@ -511,9 +518,11 @@ def _claim(folder: Path, identity: dict[str, Any]) -> None:
     write_json(path, identity)
 
 
-def _check_room(corpus: Corpus, needed: int) -> None:
+def _check_room(corpus: Corpus, layers: Sequence[int], needed: int) -> None:
     """Refuse to begin what the disk cannot hold."""
-    there = sum(path.stat().st_size for path in corpus.folder.glob("shard-*.safetensors"))
+    parts = ("text", *(f"layer-{layer}" for layer in layers))
+    files = (_file(corpus.folder, index, part) for index in range(len(corpus.shards)) for part in parts)
+    there = sum(path.stat().st_size for path in files if path.exists())
     free = shutil.disk_usage(corpus.folder).free
     if needed - there > free:
         raise StorageError(
@@ -528,6 +537,13 @@ def _note(folder: Path, index: int) -> Path:
 
 def _file(folder: Path, index: int, part: str) -> Path:
     return folder / f"shard-{index:05d}.{part}.safetensors"
+
+
+def _names_parts(checksums: dict[str, Any]) -> bool:
+    layers = [part.removeprefix("layer-") for part in checksums if part.startswith("layer-")]
+    return {*checksums} == {"text", *(f"layer-{layer}" for layer in layers)} and all(
+        map(str.isdecimal, layers)
+    )
 
 
 def _write(folder: Path, index: int, part: str, tensors: dict[str, torch.Tensor]) -> str:
@@ -555,7 +571,7 @@ def _damaged(path: Path) -> StorageError:
 def batches(
     numbers: torch.Tensor, generated: torch.Tensor, size: int, *, seed: int, epoch: int
 ) -> list[torch.Tensor]:
-    """Sequences ``numbers`` in random order, in batches of at least ``size`` tokens; the same for one seed and epoch.
+    """Sequences ``numbers`` in random order, in batches of about ``size`` tokens; the same for one seed and epoch.
 
     ``generated`` says how many tokens each of them has.
     """

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all.  For `data`, `training` and `storage`."""
+"""Files written whole or not at all, and folders used by one process at a time.  For `data`, `training`, `storage`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from offramp.errors import StorageError
 
@@ -33,6 +35,29 @@ def written_whole(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep a folder to this process, until the end or its death.
+
+    Raises
+    ------
+    StorageError
+        If another process has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / "in-use.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise StorageError(
+            f"cache: another process is using {folder}; wait for it to end, or choose another folder"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def read_json(path: Path) -> dict[str, Any]:

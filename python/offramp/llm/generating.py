@@ -83,8 +83,7 @@ def continue_prompts(
         The rows in the order of the prompts.
     """
     state = _Batch(trunk, prompts, temperatures, generator, capture)
-    room = trunk.max_positions - max(len(row) for row in prompts)
-    for _ in range(min(max_new_tokens, room)):
+    for _ in range(max_new_tokens):
         state.step()
         if state.drop_finished(end_tokens):
             break
@@ -118,6 +117,7 @@ class _Batch:
         self.capture = capture
         self.temperatures = torch.tensor(list(temperatures) if temperatures else [0.0] * len(prompts))
         self.rows = torch.arange(len(prompts))
+        self._room = [trunk.max_positions - len(prompt) for prompt in prompts]
         self._bounds = (0, *(capture or ()), trunk.num_layers)
         self._emitted: list[list[int]] = [[] for _ in prompts]
         self._kept: list[_Kept] = []
@@ -149,9 +149,11 @@ class _Batch:
             self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.rows), 1)], dim=1)
 
     def drop_finished(self, end_tokens: Sequence[int]) -> bool:
-        """Take rows that just ended out of the batch; tell whether none is left."""
-        last = [self._emitted[row][-1] for row in self.rows.tolist()]
-        alive = torch.tensor([token not in end_tokens for token in last])
+        """Take rows out of the batch that just ended or filled their context window; tell whether none is left."""
+        emitted = [(row, self._emitted[row]) for row in self.rows.tolist()]
+        alive = torch.tensor(
+            [new[-1] not in end_tokens and len(new) < self._room[row] for row, new in emitted]
+        )
         if bool(alive.all()):
             return False
         self.rows, self.temperatures = self.rows[alive], self.temperatures[alive]

@@ -8,7 +8,7 @@ For `training`, `scoring`, `decoding` and `storage`; knows the model only throug
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, cast
 
@@ -82,6 +82,20 @@ class HeadConfig:
         if isinstance(head, HeadConfig):
             return head
         return cls(kind=head, shortlist=None if head == "linear" else 8192)
+
+    @classmethod
+    def for_layers(
+        cls, head: str | HeadConfig | Mapping[int, str | HeadConfig], layers: Sequence[int]
+    ) -> dict[int, HeadConfig]:
+        """Read what heads to put after the layers: the same after all, or one given for each."""
+        if not isinstance(head, Mapping):
+            return dict.fromkeys(layers, cls.of(head))
+        if set(head) != set(layers):
+            raise InputError(
+                f"head is given for layers {', '.join(map(str, sorted(head)))}: give one for each exit, "
+                f"{', '.join(map(str, layers))}"
+            )
+        return {layer: cls.of(head[layer]) for layer in layers}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -257,7 +271,8 @@ def register_head(kind: str) -> Callable[[H], H]:
     def register(head: H) -> H:
         if not (isinstance(head, type) and issubclass(head, ExitHead)):
             raise InputError(f"head is {head!r}: register a subclass of ExitHead")
-        if _HEADS.get(kind, head).__qualname__ != head.__qualname__:
+        other = _HEADS.get(kind, head)
+        if (other.__module__, other.__qualname__) != (head.__module__, head.__qualname__):
             raise InputError(f"kind is {kind!r}: there is another head of this name; choose another name")
         _HEADS[kind] = head
         return head
@@ -273,6 +288,23 @@ def make_head(
 ) -> ExitHead:
     """Make an untrained head of the kind a config names."""
     return _HEADS[config.kind](trunk, config, shortlist, rows)
+
+
+def make_heads(
+    trunk: Trunk, configs: Mapping[int, HeadConfig], shortlists: Mapping[int, torch.Tensor | None]
+) -> ExitHeads:
+    """Make untrained heads, by the layer they follow; those of one shortlist share its output rows."""
+    on_device = {
+        id(tokens): None if tokens is None else tokens.to(trunk.device) for tokens in shortlists.values()
+    }
+    rows = {key: output_rows(trunk, tokens) for key, tokens in on_device.items()}
+    keys = {layer: id(shortlists[layer]) for layer in configs}
+    return ExitHeads(
+        {
+            layer: make_head(trunk, config, on_device[keys[layer]], rows[keys[layer]])
+            for layer, config in configs.items()
+        }
+    )
 
 
 @register_head("linear")
@@ -350,8 +382,6 @@ class AdapterHead(_ReadAsTheModel):
     The map is fitted to the input of the model's last layers, copies of which the layers start as: a head that maps
     perfectly is the model.  EAGLE and Kangaroo are relatives.
     """
-
-    borrowed = ("norm.",)
 
     def __init__(
         self,

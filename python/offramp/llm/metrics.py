@@ -27,7 +27,7 @@ class MetricsLog:
     Parameters
     ----------
     folder
-        Where ``metrics.json`` and the folder ``tensorboard`` go.  Those of an earlier training are replaced.
+        Where ``metrics.json`` and the folder ``tensorboard`` go.
     history
         Metrics so far: a training that goes on from a checkpoint has some, and may have written later ones before.
     """

@@ -11,7 +11,8 @@ import os
 import tempfile
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from offramp.llm.auditing import Audit, monitor_for
 from offramp.llm.calibrating import Calibration, calibrate_scores, check_eps, check_mode
 from offramp.llm.data import CorpusPlan, corpus_bytes, prepare_corpus
 from offramp.llm.decoding import EarlyExitOutput, Exit, GenerationStats, Rollout, decode
+from offramp.llm.files import held
 from offramp.llm.generating import continue_prompts
 from offramp.llm.heads import ExitHeads, HeadConfig
 from offramp.llm.loading import load_model
@@ -98,11 +100,11 @@ class EarlyExitModel:
         tokenizer: Any = None,
         *,
         layers: Sequence[int],
-        head: str | HeadConfig = "mlp",
+        head: str | HeadConfig | Mapping[int, str | HeadConfig] = "mlp",
     ) -> None:
         self._trunk = Trunk(model)
         self.layers = self._trunk.check_layers(layers)
-        self.head = HeadConfig.of(head)
+        self.head_configs = HeadConfig.for_layers(head, self.layers)
         self._trunk.prove(self.layers)
         self.model = model
         self.tokenizer = tokenizer
@@ -165,9 +167,10 @@ class EarlyExitModel:
         sequences
             The user's own text instead: texts, lists of token ids, or a (B, T) tensor.
         cache
-            Folder for the corpus, the state of the training, and its metrics (``metrics.json``, and events for
-            TensorBoard where it is installed).  An interrupted run goes on, a finished one is not done again, and
-            other layers, kinds of head or λ use the text that is there.  ``None``: a temporary folder.
+            Folder for the corpus and, in a folder for each training, its state and metrics (``metrics.json``, and
+            events for TensorBoard where it is installed).  An interrupted training goes on, a finished one is not
+            done again, and other layers, kinds of head or λ use the text that is there.  ``None``: a temporary
+            folder.
         epochs, batch_size, learning_rate, entropy_weight, precision, patience, seed
             See `offramp.llm.training.TrainingConfig`; ``entropy_weight`` is the paper's λ.
         max_new_tokens
@@ -199,8 +202,10 @@ class EarlyExitModel:
             # Shipped ones are mixed as they come; of others a part would otherwise be the first kinds alone.
             order = torch.randperm(len(starts), generator=torch.Generator().manual_seed(seed)).tolist()
             starts = [starts[place] for place in order]
-        with tempfile.TemporaryDirectory(prefix="offramp-") as scratch:
+        with tempfile.TemporaryDirectory(prefix="offramp-") as scratch, ExitStack() as kept:
             folder = Path(cache if cache is not None else scratch)
+            if processes.first:
+                kept.enter_context(held(folder))
             # The first process makes what is missing; the others then find it.
             if not processes.first:
                 processes.wait()
@@ -214,7 +219,7 @@ class EarlyExitModel:
                 end_tokens=self._end_tokens(),
                 progress=progress,
             )
-            heads = build_heads(self._trunk, corpus, self.layers, self.head, seed)
+            heads = build_heads(self._trunk, corpus, self.head_configs, seed)
             if processes.first:
                 processes.wait()
             identity = {"corpus": (folder / "corpus" / "corpus.json").read_text("utf-8")}
@@ -223,7 +228,7 @@ class EarlyExitModel:
                 heads,
                 corpus,
                 config,
-                checkpoint=folder / "training.safetensors" if cache is not None else None,
+                folder=folder if cache is not None else None,
                 identity=identity,
                 processes=processes,
             )
@@ -622,7 +627,7 @@ class EarlyExitModel:
         """
         self._trained_heads()
         assert self.heads is not None
-        save_exits(folder, self._trunk, self.heads, self.head, self.calibration, self._trained)
+        save_exits(folder, self._trunk, self.heads, self.calibration, self._trained)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
         """Upload what `save_pretrained` writes to a Hub repository, with a model card; made where there is none.
@@ -690,7 +695,7 @@ class EarlyExitModel:
             if not saved.base_model:
                 raise InputError("model: the folder does not name its base model; load it and pass model=")
             model, tokenizer = load_model(saved.base_model, token=token, **kwargs)
-        loaded = cls(model, tokenizer, layers=saved.layers, head=saved.head)
+        loaded = cls(model, tokenizer, layers=saved.layers, head=saved.head_configs)
         loaded.heads = saved.heads_for(loaded._trunk).eval().requires_grad_(False)
         loaded.calibration = saved.calibration
         loaded._trained = saved.config.get("training", {})

@@ -64,10 +64,29 @@ class Stage:
         return cls(CudaStream(device) if device.type == "cuda" else None)
 
     def exits(self, logits: torch.Tensor, tau: float) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """Find each row's token (B,), and whether its margin reaches ``tau``, as :func:`offramp.decide` does.
+        """Find each row's token, and whether its margin reaches ``tau``, as :func:`offramp.decide` does.
 
-        The margin itself is not computed where the two largest logits show that it falls short.  Both arrays are
-        written anew by the next call.
+        The margin itself is not computed where the two largest logits show that it falls short.
+
+        Parameters
+        ----------
+        logits : (B, S)
+            float32, float16 or bfloat16, on the stage's device.
+        tau
+            The threshold.
+
+        Returns
+        -------
+        tokens : int64 array (B,)
+            Written anew by the next call, as is ``exits``.
+        exits : bool array (B,)
+
+        Raises
+        ------
+        TypeError
+            Another dtype.
+        ValueError
+            NaN or +inf, a row of nothing but -inf, or no logits.
         """
         tokens, exits = self._answers
         if len(tokens) != len(logits):
@@ -76,7 +95,10 @@ class Stage:
         return tokens, exits
 
     def top2_margin(self, logits: torch.Tensor) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Find each row's token (B,) and margin (B,), as :func:`offramp.top2_margin` does."""
+        """Find each row's token (B,) and margin (B,), as :func:`offramp.top2_margin` does.
+
+        Takes and refuses what `exits` does; both arrays are new ones.
+        """
         return _core.top2_margin_rows(self._read(logits), _name(logits))
 
     def _read(self, logits: torch.Tensor) -> NDArray[Any]:

@@ -28,19 +28,20 @@ from offramp.errors import InputError, ModelError, StorageError
 from offramp.llm.calibrating import Calibration, Measured
 from offramp.llm.files import read_json, sha256_of, write_json, write_text
 from offramp.llm.fingerprint import Fingerprint, fingerprint
-from offramp.llm.heads import ExitHeads, HeadConfig, make_head, output_rows
+from offramp.llm.heads import ExitHeads, HeadConfig, make_heads
 from offramp.llm.trunk import Trunk
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only")
 """How the Hub is asked for heads as well as for their base model."""
 
-_FORMAT = 1
+_FORMAT = 2
 _HEADS = "heads.safetensors"
 _CONFIG = "config.json"
 _CALIBRATION = "calibration.json"
 _MEASURED = "calibration.safetensors"
 _CARD = "README.md"
 _FINGERPRINT = "base_model.fingerprint"
+_SHORTLIST = "shortlist"
 _OTHER_HEADS = f"{_HEADS} does not hold the heads {_CONFIG} describes: the folder is damaged"
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -72,9 +73,9 @@ class SavedExits:
         return tuple(self.config["layers"])
 
     @property
-    def head(self) -> HeadConfig:
-        """The kind of the heads."""
-        return HeadConfig(**self.config["head"])
+    def head_configs(self) -> dict[int, HeadConfig]:
+        """The kind of head after each layer."""
+        return {layer: HeadConfig(**self.config["heads"][str(layer)]) for layer in self.layers}
 
     @property
     def base_model(self) -> str | None:
@@ -102,13 +103,16 @@ class SavedExits:
                 f"model: these heads were trained on {self.base_model or 'another model'}, and the weights of the "
                 "model given differ; load that model, or train heads for this one"
             )
-        shortlist = self.tensors.get("shortlist")
-        shortlist = None if shortlist is None else shortlist.long()
-        rows = output_rows(trunk, shortlist)
-        heads = ExitHeads({layer: make_head(trunk, self.head, shortlist, rows) for layer in self.layers})
-        state = {
-            name: tensor for name, tensor in self.tensors.items() if name not in ("shortlist", _FINGERPRINT)
-        }
+        state = {name: tensor for name, tensor in self.tensors.items() if name != _FINGERPRINT}
+        shortlists: dict[int, torch.Tensor | None] = {}
+        shared: dict[bytes, torch.Tensor] = {}
+        for layer in self.layers:
+            tokens = state.pop(f"{layer}.{_SHORTLIST}", None)
+            # Heads of one list share it, and with it its output rows.
+            shortlists[layer] = (
+                None if tokens is None else shared.setdefault(tokens.numpy().tobytes(), tokens.long())
+            )
+        heads = make_heads(trunk, self.head_configs, shortlists)
         try:
             # What is missing is the model's own, and there already.
             found = heads.load_state_dict(state, strict=False)
@@ -123,7 +127,6 @@ def save_exits(
     folder: str | os.PathLike[str],
     trunk: Trunk,
     heads: ExitHeads,
-    head: HeadConfig,
     calibration: Calibration | None,
     trained: dict[str, Any],
 ) -> None:
@@ -145,7 +148,7 @@ def save_exits(
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         temporary.chmod(0o755)
-        _write(temporary, trunk, heads, head, calibration, trained)
+        _write(temporary, trunk, heads, calibration, trained)
         _replace(target, temporary)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -226,6 +229,11 @@ def load_exits(folder: str | os.PathLike[str]) -> SavedExits:
         raise StorageError(
             f"{source / _CONFIG} was not written by offramp: give a folder written by save_pretrained"
         )
+    if config.get("format") in range(1, _FORMAT):
+        raise StorageError(
+            f"folder {source} was written by an older offramp ({config.get('version')}), with one kind of head for all "
+            "exits: train and save the heads again"
+        )
     if config.get("format") != _FORMAT:
         raise StorageError(
             f"folder {source} was written by a newer offramp ({config.get('version')}): update offramp"
@@ -248,7 +256,7 @@ def load_exits(folder: str | os.PathLike[str]) -> SavedExits:
     try:
         base = Fingerprint(tensors[_FINGERPRINT], config["base_model_shapes"])
         saved = SavedExits(config, tensors, base, calibration)
-        _ = saved.head, saved.base_model
+        _ = saved.head_configs, saved.base_model
         layers = saved.layers
     except (KeyError, TypeError, InputError) as error:
         raise StorageError(f"{source / _CONFIG} is damaged ({error}): save the heads again") from error
@@ -271,15 +279,15 @@ def _write(
     folder: Path,
     trunk: Trunk,
     heads: ExitHeads,
-    head: HeadConfig,
     calibration: Calibration | None,
     trained: dict[str, Any],
 ) -> None:
     base = fingerprint(trunk.model)
     tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in heads.own_state().items()}
-    shortlist = heads.after(heads.layers[0]).shortlist
-    if shortlist is not None:
-        tensors["shortlist"] = shortlist.to("cpu", torch.int32)
+    for layer in heads.layers:
+        shortlist = heads.after(layer).shortlist
+        if shortlist is not None:
+            tensors[f"{layer}.{_SHORTLIST}"] = shortlist.to("cpu", torch.int32)
     tensors[_FINGERPRINT] = base.samples
     save_file(tensors, folder / _HEADS, metadata={"format": "pt"})
     config = {
@@ -294,7 +302,7 @@ def _write(
         "hidden_size": trunk.hidden_size,
         "vocab_size": trunk.vocab_size,
         "layers": list(heads.layers),
-        "head": head.to_dict(),
+        "heads": {str(layer): heads.after(layer).config.to_dict() for layer in heads.layers},
         "training": trained,
         "sha256": sha256_of(folder / _HEADS),
     }
@@ -340,7 +348,7 @@ def _card(config: dict[str, Any], calibration: Calibration | None) -> str:
     # The Hub links a card to its base model by name; a path of somebody's disk is no name.
     named = _REPOSITORY.fullmatch(base) and not Path(base).exists()
     table = f"```\n{calibration}\n```" if calibration is not None else "Not calibrated yet."
-    exits = ", ".join(str(layer) for layer in config["layers"])
+    exits = ", ".join(f"{layer} (`{config['heads'][str(layer)]['kind']}`)" for layer in config["layers"])
     return f"""---
 library_name: offramp
 pipeline_tag: text-generation
@@ -351,8 +359,8 @@ tags:
 
 # Early exits for {base}
 
-Heads of kind `{config["head"]["kind"]}` after layers {exits} of {config["num_layers"]}, trained on the model's own \
-predictions. The base model is not in here and is not changed.
+Heads after layers {exits} of {config["num_layers"]}, trained on the model's own predictions. \
+The base model is not in here and is not changed.
 
 ```python
 import offramp

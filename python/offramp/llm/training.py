@@ -10,7 +10,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,13 +20,14 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from offramp.calibration import fast_calibrate
 from offramp.decision import top2_margin
 from offramp.errors import InputError, StorageError
 from offramp.llm.data import Batch, Corpus, batches
 from offramp.llm.files import written_whole
-from offramp.llm.heads import ExitHead, ExitHeads, HeadConfig, choose_shortlist, make_head, output_rows
+from offramp.llm.heads import ExitHead, ExitHeads, HeadConfig, choose_shortlist, make_heads, output_rows
 from offramp.llm.metrics import MetricsLog
 from offramp.llm.processes import Processes
 from offramp.llm.products import BFLOAT16_PRODUCTS, linear
@@ -38,8 +39,11 @@ COVERAGE_EPS = (0.8, 0.9, 0.95)
 
 _WATCHED_ROWS = 4096
 _WATCHES_PER_EPOCH = 4
-# Floats of one logits matrix held at a time: 2^23 is 32 MiB.
-_LOGITS_BUDGET = 1 << 23
+# Floats of one logits matrix held at a time.  On a CPU 4 MiB, which its caches keep between one pass and the next: a
+# step is a tenth faster than with 32 MiB.
+_LOGITS_BUDGET, _LOGITS_BUDGET_CPU = 1 << 25, 1 << 20
+# Up to so many tokens a CPU trains attention faster from whole matrices of weights: a step by a sixth at 170 tokens.
+_SHORT = 512
 # Floats of hidden states read at a time, padding included, one layer's.
 _STATES_BUDGET = 1 << 23
 
@@ -53,7 +57,7 @@ class TrainingConfig:
     epochs : int
         Passes over the corpus.
     batch_size : int
-        Generated tokens a step, at least, in whole sequences; small batches train better than few large ones.
+        Generated tokens a step, about, in whole sequences; small batches train better than few large ones.
     learning_rate : float, optional
         Peak of AdamW's rate: linear warm-up over the first twentieth of the steps, then a cosine to zero.  ``None``:
         what suits each head, from its `ExitHead.peak_rate`.
@@ -230,16 +234,17 @@ class Teacher:
             return listed.div_(listed.sum(dim=-1, keepdim=True))
 
 
-def build_heads(
-    trunk: Trunk, corpus: Corpus, layers: Sequence[int], config: HeadConfig, seed: int
-) -> ExitHeads:
-    """Make untrained heads for the exits: shortlist from the corpus, first maps by ridge regression."""
-    shortlist = choose_shortlist(corpus.top_counts(trunk.vocab_size), config.shortlist)
+def build_heads(trunk: Trunk, corpus: Corpus, configs: Mapping[int, HeadConfig], seed: int) -> ExitHeads:
+    """Make untrained heads, by the layer they follow: shortlists from the corpus, first maps by ridge regression."""
+    counts = corpus.top_counts(trunk.vocab_size)
+    sizes = {config.shortlist for config in configs.values()}
+    shortlists = {size: choose_shortlist(counts, size) for size in sizes}
     with torch.random.fork_rng(devices=[trunk.device] if trunk.device.type == "cuda" else []):
         torch.manual_seed(seed)
-        rows = output_rows(trunk, shortlist)
-        heads = ExitHeads({layer: make_head(trunk, config, shortlist, rows) for layer in layers})
-    for layer in layers:
+        heads = make_heads(
+            trunk, configs, {at: shortlists[config.shortlist] for at, config in configs.items()}
+        )
+    for layer in heads.layers:
         head = heads.after(layer)
         if head.fits is not None:
             inputs, targets = (corpus.fit_rows(trunk, at).to(trunk.device) for at in (layer, head.fits))
@@ -252,11 +257,11 @@ class Trainer:
 
     Parameters
     ----------
-    checkpoint
-        File to keep the state in, beside which the metrics go; ``None`` keeps none.
+    folder
+        Where to keep the state and the metrics, in a folder that is named after what is trained: another training
+        does not touch it.  ``None`` keeps none.
     identity
-        What the state belongs to besides these heads and this configuration: the corpus, and with it the model.  A
-        checkpoint of something else is ignored.
+        What the state belongs to besides these heads and this configuration: the corpus, and with it the model.
     checkpoint_seconds
         Time between checkpoints.
     processes
@@ -270,14 +275,16 @@ class Trainer:
         corpus: Corpus,
         config: TrainingConfig,
         *,
-        checkpoint: Path | None = None,
+        folder: Path | None = None,
         identity: dict[str, Any] | None = None,
         checkpoint_seconds: float = 120.0,
         processes: Processes | None = None,
     ) -> None:
         self.trunk, self.heads, self.corpus, self.config = trunk, heads, corpus, config
         self.layers = heads.layers
-        self.teacher = Teacher(trunk, heads.after(self.layers[0]).shortlist)
+        # By the address of what they are for: heads of one list share its rows.
+        shortlists = {id(head.shortlist): head.shortlist for head in map(heads.after, self.layers)}
+        self.teachers = {key: Teacher(trunk, shortlist) for key, shortlist in shortlists.items()}
         self.processes = processes or Processes()
         self._narrowed: dict[int, torch.Tensor] = {}
         self.generated, self.lengths = corpus.generated, corpus.lengths
@@ -298,18 +305,19 @@ class Trainer:
         self.history: list[HeadMetrics] = []
         self.best = Best(heads)
         self._log: MetricsLog | None = None
-        self.checkpoint = checkpoint
         self.checkpoint_seconds = checkpoint_seconds
         self.identity = _digest(
             {
                 "config": asdict(config),
-                "head": heads.after(self.layers[0]).config.to_dict(),
-                "layers": self.layers,
+                "heads": {layer: heads.after(layer).config.to_dict() for layer in self.layers},
                 "peaks": list(self.peaks.values()),
                 "rows": corpus.rows,
                 **(identity or {}),
             }
         )
+        self.checkpoint: Path | None = None
+        if folder is not None:
+            self.checkpoint = folder / f"training-{self.identity[:12]}" / "state.safetensors"
 
     def run(self, progress: Progress | None = None, watch: Watch | None = None) -> list[HeadMetrics]:
         """Train to the end, and give every head the parameters it agreed most with.
@@ -322,6 +330,7 @@ class Trainer:
         self._resume()
         self._start_alike()
         if self.checkpoint is not None and self.processes.first:
+            self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
             self._log = MetricsLog(self.checkpoint.parent, self.history)
         if not self.history:
             self._watch(watch)
@@ -352,12 +361,11 @@ class Trainer:
         share = _schedule(self.step, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * share
-        for parameter in self.parameters:
-            parameter.grad = torch.zeros_like(parameter)
+        self.optimizer.zero_grad()
         total = int(self.generated[numbers].sum())
         for batch in self._pieces(numbers[self.processes.rank :: self.processes.count]):
             self._add_gradients(batch, total)
-        self.processes.add([parameter.grad for parameter in self.parameters if parameter.grad is not None])
+        self.processes.add([_gradient(parameter) for parameter in self.parameters])
         self.optimizer.step()
         self.step += 1
         self.tokens += total
@@ -373,9 +381,10 @@ class Trainer:
             features = self._features(batch)
             model_choice = batch.top[:, 0].numpy()
             for rows in self._chunks(len(batch)):
-                target = self._target(batch, rows)
+                targets = self._targets(batch, rows)
                 for index, layer in enumerate(self.layers):
                     head = self.heads.after(layer)
+                    target = targets[id(head.shortlist)]
                     with self._precision():
                         loss, entropy = exit_loss(features[index][rows], *self._rows_of(head), target, weight)
                     sums[index] += torch.stack([loss.double(), entropy.double().sum()]).cpu()
@@ -430,9 +439,10 @@ class Trainer:
         features = self._features(batch)
         backwards = [torch.zeros_like(rows) for rows in features]
         for rows in self._chunks(len(batch)):
-            target = self._target(batch, rows)
+            targets = self._targets(batch, rows)
             for layer, read, backward in zip(self.layers, features, backwards, strict=True):
-                self._go_back(self.heads.after(layer), read[rows].detach(), backward[rows], target, total)
+                head = self.heads.after(layer)
+                self._go_back(head, read[rows].detach(), backward[rows], targets[id(head.shortlist)], total)
         differentiable = [pair for pair in zip(features, backwards, strict=True) if pair[0].requires_grad]
         torch.autograd.backward([rows for rows, _ in differentiable], [grad for _, grad in differentiable])
 
@@ -445,10 +455,10 @@ class Trainer:
         with self._precision():
             gradient = exit_gradient(features, weight, bias, target, self.config.entropy_weight).div_(total)
             backward.copy_(gradient @ weight)
-            if head.weight.grad is not None:
-                head.weight.grad += gradient.T @ features
-        if head.bias is not None and head.bias.grad is not None:
-            head.bias.grad += gradient.sum(dim=0)
+            if head.weight.requires_grad:
+                _gradient(head.weight).add_(gradient.T @ features)
+        if head.bias is not None and head.bias.requires_grad:
+            _gradient(head.bias).add_(gradient.sum(dim=0))
 
     def _rows_of(self, head: ExitHead) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Output rows of a head as products take them: those that are not trained are narrowed once for all."""
@@ -462,14 +472,15 @@ class Trainer:
     def _features(self, batch: Batch) -> list[torch.Tensor]:
         device = self.trunk.device
         picked = (batch.picked[0].to(device), batch.picked[1].to(device))
-        with self._precision():
+        with self._precision(), _attention(device, max(rows.shape[1] for rows in batch.hidden.values())):
             return [
                 self.heads.after(layer).read(batch.hidden[layer].to(device).float(), picked)
                 for layer in self.layers
             ]
 
-    def _target(self, batch: Batch, rows: slice) -> torch.Tensor:
-        return self.teacher.probabilities(batch.final[rows], batch.log_normalizer[rows])
+    def _targets(self, batch: Batch, rows: slice) -> dict[int, torch.Tensor]:
+        final, log_normalizer = batch.final[rows], batch.log_normalizer[rows]
+        return {key: teacher.probabilities(final, log_normalizer) for key, teacher in self.teachers.items()}
 
     @property
     def _narrow(self) -> bool:
@@ -489,7 +500,8 @@ class Trainer:
                 yield self.corpus.batch(part, self.layers)
 
     def _chunks(self, rows: int) -> Iterator[slice]:
-        size = max(1, _LOGITS_BUDGET // self.teacher.weight.shape[0])
+        budget = _LOGITS_BUDGET_CPU if self.trunk.device.type == "cpu" else _LOGITS_BUDGET
+        size = max(1, budget // max(len(teacher.weight) for teacher in self.teachers.values()))
         return (slice(start, start + size) for start in range(0, rows, size))
 
     def _batches(self, epoch: int) -> list[torch.Tensor]:
@@ -508,7 +520,7 @@ class Trainer:
     def _save(self) -> None:
         if self.checkpoint is None or not self.processes.first:
             return
-        tensors = {f"head.{name}": p.detach() for name, p in self.heads.named_parameters()}
+        tensors = {f"head.{name}": tensor for name, tensor in self.heads.own_state().items()}
         tensors |= {f"best.{name}": tensor for name, tensor in self.best.parameters.items()}
         for index, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in state.items()}
@@ -535,15 +547,11 @@ class Trainer:
         except SafetensorError as error:
             raise damaged from error
         checksum = metadata.pop("sha256", None)
-        if checksum is None:
-            return  # of an earlier version
-        if checksum != _checksum(metadata, tensors):
+        if checksum != _checksum(metadata, tensors) or metadata["identity"] != self.identity:
             raise damaged
-        if metadata["identity"] != self.identity:
-            return
         with torch.no_grad():
-            for name, parameter in self.heads.named_parameters():
-                parameter.copy_(tensors[f"head.{name}"])
+            for name, tensor in self.heads.own_state().items():
+                tensor.copy_(tensors[f"head.{name}"])
         self.step, self.tokens = int(metadata["step"]), int(metadata["tokens"])
         self.history = [
             HeadMetrics(**(item | {"coverage": tuple(item["coverage"])}))
@@ -580,16 +588,15 @@ class Best:
         for item in metrics:
             if item.accuracy > self.accuracy[item.layer]:
                 self.accuracy[item.layer], self.steps[item.layer] = item.accuracy, item.step
-                for name, parameter in heads.after(item.layer).named_parameters():
-                    if parameter.requires_grad:
-                        self.parameters[f"{item.layer}.{name}"] = parameter.detach().clone()
+                for name, tensor in heads.after(item.layer).own_state().items():
+                    self.parameters[f"{item.layer}.{name}"] = tensor.clone()
 
     @torch.no_grad()
     def restore(self, heads: ExitHeads) -> None:
         """Give the heads what was kept."""
-        for name, parameter in heads.named_parameters():
+        for name, tensor in heads.own_state().items():
             if name in self.parameters:
-                parameter.copy_(self.parameters[name])
+                tensor.copy_(self.parameters[name])
 
     def resume(self, history: Sequence[HeadMetrics], tensors: Mapping[str, torch.Tensor]) -> None:
         """Go on from the metrics so far and the parameters a checkpoint holds."""
@@ -629,6 +636,19 @@ def _groups(heads: ExitHeads, peaks: Mapping[int, float]) -> list[dict[str, Any]
         if own:
             groups.append({"params": own, "peak": peak})
     return groups
+
+
+def _attention(device: torch.device, length: int) -> AbstractContextManager[Any]:
+    """Choose how attention is computed while sequences of this length are trained on."""
+    whole = device.type == "cpu" and length <= _SHORT
+    return sdpa_kernel(SDPBackend.MATH) if whole else nullcontext()
+
+
+def _gradient(parameter: torch.Tensor) -> torch.Tensor:
+    """Give a parameter's gradient so far; zero where there is none."""
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
 
 
 def _watches(steps: int) -> set[int]:

@@ -1,8 +1,8 @@
 //! The exit decision of one step: the most likely token and the top-2 softmax margin p(1) - p(2).
 //!
-//! `margin = (1 - exp(l2 - l1)) / (1 + sum of exp(l_i - l1) over every i but the token)`, in two passes over
-//! the logits: the two largest, then the sum.  [`lanes`] holds the algorithm, once, for every instruction set;
-//! every instruction set returns the same bits.
+//! `margin = (1 - exp(l2 - l1)) / (1 + sum of exp(l_i - l1) over every i but the token)`, in one pass over the
+//! logits where the yes or no is not enough, and in two, the largest and then the sum, where it may be.  [`lanes`]
+//! holds the algorithm, once, for every instruction set; every instruction set returns the same bits.
 //!
 //! Against exact arithmetic the margin is off by at most 2e-7, and by at most 6e-7 of itself where it is a
 //! normal float32, for rows of up to 300 000 logits.  The sum S' over all logits but the token's is off by at
@@ -61,12 +61,12 @@ pub fn top2_margin_rows<T: Logit>(
     run: &Run<'_>,
 ) -> Result<()> {
     let isa = run.instruction_set();
-    rows(logits, tokens, margins, run, |_, row| {
+    rows(logits, tokens, margins, run, |row| {
         arch::top2_margin(isa, row).map(|top2| (top2.token, top2.margin))
     })
 }
 
-/// [`exits`] of every row of a (B, V) matrix; `taus` has a threshold for each row, or one for all.
+/// [`exits`] of every row of a (B, V) matrix.
 ///
 /// # Errors
 /// As [`top2_margin_rows`].
@@ -75,32 +75,30 @@ pub fn top2_margin_rows<T: Logit>(
 /// If the lengths do not fit together.
 pub fn exits_rows<T: Logit>(
     logits: &[T],
-    taus: &[f64],
+    tau: f64,
     tokens: &mut [i64],
     exits: &mut [bool],
     run: &Run<'_>,
 ) -> Result<()> {
-    assert!(taus.len() == 1 || taus.len() == tokens.len());
     let isa = run.instruction_set();
-    rows(logits, tokens, exits, run, |index, row| {
-        arch::exits(isa, row, taus[index.min(taus.len() - 1)])
-    })
+    rows(logits, tokens, exits, run, |row| arch::exits(isa, row, tau))
 }
 
-/// What `decide` finds for each row, with its index; on several threads where that is worth it.
+/// What `decide` finds for each row; on several threads where that is worth it.
 fn rows<T: Logit, R: Send>(
     logits: &[T],
     tokens: &mut [i64],
     results: &mut [R],
     run: &Run<'_>,
-    decide: impl Fn(usize, &[T]) -> std::result::Result<(usize, R), lanes::Fault> + Sync,
+    decide: impl Fn(&[T]) -> std::result::Result<(usize, R), lanes::Fault> + Sync,
 ) -> Result<()> {
     let count = tokens.len();
-    assert!(count > 0 && results.len() == count && logits.len().is_multiple_of(count));
-    let vocabulary = logits.len() / count;
-    if vocabulary == 0 {
+    assert!(results.len() == count);
+    if count == 0 || logits.is_empty() {
         return Err(Error::Empty { argument: "logits" });
     }
+    assert!(logits.len().is_multiple_of(count));
+    let vocabulary = logits.len() / count;
     let at_a_time = if logits.len() < 2 * WORTH_A_THREAD || run.threads() == 1 {
         count
     } else {
@@ -112,7 +110,7 @@ fn rows<T: Logit, R: Send>(
             logits.chunks_exact(vocabulary).zip(outputs).enumerate()
         {
             let index = first + row;
-            let (found, value) = decide(index, logits).map_err(|fault| fault.in_row(index))?;
+            let (found, value) = decide(logits).map_err(|fault| fault.in_row(index))?;
             (*token, *result) = (found as i64, value);
         }
         Ok(())

@@ -136,30 +136,40 @@ fn rows_are_those_of_the_matrix_and_the_first_fault_is_named() {
     let logits: Vec<f32> = (0..ROWS * 700)
         .map(|i| (i * 31 % 9973) as f32 * 0.01)
         .collect();
-    let taus: Vec<f64> = (0..ROWS).map(|row| row as f64 / ROWS as f64).collect();
     for isa in InstructionSet::available() {
         for threads in [1, 2, 5] {
             let run = Run::on(threads).with_instruction_set(isa);
             let (mut tokens, mut margins) = ([0; ROWS], [0.0; ROWS]);
             top2_margin_rows(&logits, &mut tokens, &mut margins, &run).expect("legal logits");
-            let (mut named, mut exited) = ([0; ROWS], [false; ROWS]);
-            exits_rows(&logits, &taus, &mut named, &mut exited, &run).expect("legal logits");
-            assert_eq!(named, tokens);
             for (index, row) in logits.chunks(700).enumerate() {
                 let (token, margin) = (tokens[index] as usize, margins[index]);
                 assert_eq!(top2_margin(isa, row), Ok(Top2 { token, margin }));
-                assert_eq!(exited[index], f64::from(margin) >= taus[index]);
             }
+            // As often true as not.
+            let mut sorted = margins;
+            sorted.sort_by(f32::total_cmp);
+            let tau = f64::from(sorted[ROWS / 2]);
+            let (mut named, mut exited) = ([0; ROWS], [false; ROWS]);
+            exits_rows(&logits, tau, &mut named, &mut exited, &run).expect("legal logits");
+            assert_eq!(named, tokens);
+            assert_eq!(exited, margins.map(|margin| f64::from(margin) >= tau));
+            assert!(exited.contains(&true) && exited.contains(&false));
             let mut faulty = logits.clone();
             faulty[990 * 700] = f32::NAN;
             faulty[400 * 700..401 * 700].fill(f32::NEG_INFINITY);
             let refused = top2_margin_rows(&faulty, &mut tokens, &mut margins, &run);
             assert_eq!(refused, Err(Error::AllMasked { row: 400 }));
-            let refused = exits_rows(&faulty, &[0.5], &mut tokens, &mut exited, &run);
+            let refused = exits_rows(&faulty, 0.5, &mut tokens, &mut exited, &run);
             assert_eq!(refused, Err(Error::AllMasked { row: 400 }));
         }
         let empty = Err(Error::Empty { argument: "logits" });
         assert_eq!(top2_margin::<f32>(isa, &[]), empty);
+        let run = Run::on(1).with_instruction_set(isa);
+        for rows in [0, 3] {
+            let (mut tokens, mut margins) = (vec![0; rows], vec![0.0; rows]);
+            let refused = top2_margin_rows::<f32>(&[], &mut tokens, &mut margins, &run);
+            assert_eq!(refused, Err(Error::Empty { argument: "logits" }));
+        }
     }
 }
 

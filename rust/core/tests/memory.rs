@@ -69,7 +69,7 @@ fn a_decision_allocates_nothing() {
             let run = Run::on(1).with_instruction_set(isa);
             let (mut token, mut margin, mut exit) = ([0], [0.0], [false]);
             top2_margin_rows(&logits, &mut token, &mut margin, &run).expect("legal logits");
-            exits_rows(&logits, &[0.5], &mut token, &mut exit, &run).expect("legal logits");
+            exits_rows(&logits, 0.5, &mut token, &mut exit, &run).expect("legal logits");
             assert_eq!(OFTEN.get(), before, "{size} logits with {}", isa.name());
         }
     }

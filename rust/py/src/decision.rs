@@ -5,8 +5,7 @@ use crate::isa;
 use half::slice::HalfBitsSliceExt;
 use half::{bf16, f16};
 use numpy::{
-    Element, PyArray1, PyArrayMethods, PyReadonlyArray1, PyReadonlyArrayDyn, PyReadwriteArray1,
-    PyUntypedArrayMethods,
+    Element, PyArray1, PyArrayMethods, PyReadonlyArrayDyn, PyReadwriteArray1, PyUntypedArrayMethods,
 };
 use offramp_core::margin::{self, Logit, Top2, top2_margin};
 use offramp_core::{Error, Run};
@@ -105,26 +104,15 @@ pub fn top2_margin_rows<'py>(logits: &Bound<'py, PyAny>, dtype: &str) -> PyResul
     })
 }
 
-/// One threshold, or one for each row.
-#[derive(FromPyObject)]
-pub enum Taus<'py> {
-    One(f64),
-    Each(PyReadonlyArray1<'py, f64>),
-}
-
 /// Write tokens of the rows of a matrix, and whether their margins reach `tau`, into arrays the caller keeps.
 #[pyfunction]
 pub fn exits_rows<'py>(
     logits: &Bound<'py, PyAny>,
     dtype: &str,
-    tau: Taus<'py>,
+    tau: f64,
     mut tokens: PyReadwriteArray1<'py, i64>,
     mut exits: PyReadwriteArray1<'py, bool>,
 ) -> PyResult<()> {
-    let taus = match &tau {
-        Taus::One(tau) => std::slice::from_ref(tau),
-        Taus::Each(taus) => taus.as_slice()?,
-    };
     let (tokens, exits) = (tokens.as_slice_mut()?, exits.as_slice_mut()?);
     with_logits!(logits, dtype, |values, shape| {
         if [tokens.len(), exits.len()] != [shape[0]; 2] {
@@ -134,7 +122,7 @@ pub fn exits_rows<'py>(
             )));
         }
         fill(logits.py(), shape[0], |run| {
-            margin::exits_rows(values, taus, tokens, exits, run)
+            margin::exits_rows(values, tau, tokens, exits, run)
         })
     })
 }

@@ -153,8 +153,10 @@ class HeadSets(Mapping[str, EarlyExitModel]):
 
 def describe_heads(ee: EarlyExitModel) -> str:
     """Name heads by kind, start and λ, as far as they say."""
-    words: list[str] = [ee.head.kind]
-    if ee.head.kind == "linear":
-        words.append("copied" if ee.head.init == "copy" else "scratch")
+    started = {"copy": " copied", "scratch": " scratch"}
+    kinds = [
+        config.kind + (started[config.init] if config.kind == "linear" else "")
+        for config in ee.head_configs.values()
+    ]
     weight = ee.training.get("entropy_weight")
-    return " ".join([*words, *([f"λ={weight:g}"] if weight is not None else [])])
+    return " and ".join(dict.fromkeys(kinds)) + (f" λ={weight:g}" if weight is not None else "")

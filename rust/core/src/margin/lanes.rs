@@ -2,13 +2,14 @@
 //!
 //! Logit i of a block belongs to lane i % 16.  In a block a lane's sixteen terms are added in float32 as a
 //! balanced tree; the lanes of consecutive blocks are added in float64, and at the end the sixteen lanes as a
-//! tree.  The last block is filled up with -inf.  Every product that is added to is added to unrounded: a fused
-//! multiply-add is one operation where processors have it, and what it gives is defined where they have not; so the
-//! result is one on every machine.
+//! tree.  The last block is filled up with -inf.  In float32 every product that is added to is added to unrounded: a
+//! fused multiply-add is one operation where processors have it, and what it gives is defined where they have not; so
+//! the result is one on every machine.
 //!
 //! Terms are exp(l - shift), that of the floor where l - shift lies below it; and what `shift` is depends on the
 //! maximum so coarsely that it can be guessed from the first logits: a row is read once, unless the guess turns out
-//! wrong.
+//! wrong.  Where the maximum is known before the sum, as when the two largest might settle the question, ranges of
+//! blocks below the floor are not summed: one block stands for all.  In one pass nothing tells that such ranges come.
 
 use super::Top2;
 use crate::error::Error;
@@ -569,6 +570,7 @@ fn exp_m1_near_zero(r: f64) -> f64 {
 mod tests {
     use super::super::arch::portable::Portable;
     use super::*;
+    use std::cell::Cell;
 
     /// The sum as it is defined: every block, one as another.
     fn defined_sum(row: &Row<'_, f32>, peaks: &Peaks<f32>) -> f64 {
@@ -637,6 +639,97 @@ mod tests {
                 );
             }
             gap *= 1.05;
+        }
+    }
+
+    /// The portable lanes, counting the vectors whose exponentials are made.
+    #[derive(Clone, Copy)]
+    struct Counted<'a>(&'a Cell<usize>);
+
+    impl Counted<'_> {
+        /// Blocks whose exponentials were made since the last time.
+        fn blocks(self) -> usize {
+            assert_eq!(self.0.get() % TERMS, 0);
+            self.0.take() / TERMS
+        }
+    }
+
+    macro_rules! as_portable {
+        ($($name:ident($($argument:ident: $kind:ty),*) -> $result:ty;)*) => {
+            $(fn $name(self, $($argument: $kind),*) -> $result {
+                Portable.$name($($argument),*)
+            })*
+        };
+    }
+
+    type Lanes = <Portable as Simd>::Lanes;
+    type Doubles = <Portable as Simd>::Doubles;
+    type Mask = <Portable as Simd>::Mask;
+
+    impl Simd for Counted<'_> {
+        type Lanes = Lanes;
+        type Doubles = Doubles;
+        type Mask = Mask;
+
+        fn power_of_two(self, rounded: Lanes) -> Lanes {
+            self.0.set(self.0.get() + 1);
+            Portable.power_of_two(rounded)
+        }
+
+        as_portable! {
+            splat(value: f32) -> Lanes;
+            load_f32(logits: &[f32; LANES]) -> Lanes;
+            load_f16(logits: &[f16; LANES]) -> Lanes;
+            load_bf16(logits: &[bf16; LANES]) -> Lanes;
+            add(a: Lanes, b: Lanes) -> Lanes;
+            sub(a: Lanes, b: Lanes) -> Lanes;
+            mul(a: Lanes, b: Lanes) -> Lanes;
+            mul_add(a: Lanes, b: Lanes, c: Lanes) -> Lanes;
+            max(a: Lanes, b: Lanes) -> Lanes;
+            no_nan() -> Mask;
+            or_nan(mask: Mask, a: Lanes, b: Lanes) -> Mask;
+            any(mask: Mask) -> bool;
+            largest(a: Lanes) -> f32;
+            zeros() -> Doubles;
+            widening_add(sums: Doubles, a: Lanes) -> Doubles;
+            widening_sub(sums: Doubles, a: Lanes) -> Doubles;
+            add_neighbours(sums: Doubles) -> [f64; LANES / 2];
+        }
+    }
+
+    /// Of 64 blocks in 16 ranges, with -inf in half of the ranges.
+    fn half_masked() -> Vec<f32> {
+        let logit = |i: usize| match (i / (4 * BLOCK) % 2, i) {
+            (_, 3000) => 6.0,
+            (_, 3001) => 5.0,
+            (0, _) => f32::NEG_INFINITY,
+            _ => (i % 97) as f32 * 0.01,
+        };
+        (0..64 * BLOCK).map(logit).collect()
+    }
+
+    /// Shortcuts leave no trace in what is found, so what they save is counted: `2` is the token's block, anew.
+    #[test]
+    fn the_shortcuts_are_taken_where_they_may_be_and_nowhere_else() {
+        let logits = half_masked();
+        let (count, margin) = (Cell::new(0), top2_margin(Portable, &logits));
+        let (simd, margin) = (Counted(&count), f64::from(margin.expect("legal").margin));
+        let whole = top2_margin(simd, &logits).expect("legal");
+        assert_eq!((whole.token, simd.blocks()), (3000, 64 + 2));
+        let bound = surveyed(&logits).find_peaks(Portable).largest_margin();
+        assert!(margin < 0.9 * bound && bound < 0.9);
+        for tau in [bound.next_up(), 0.9, f64::INFINITY] {
+            assert_eq!(exits(simd, &logits, tau), Ok((3000, false)));
+            assert_eq!(
+                simd.blocks(),
+                0,
+                "two logits show that {tau} is not reached"
+            );
+        }
+        for tau in [bound, margin.next_up(), margin, 0.0] {
+            assert_eq!(exits(simd, &logits, tau), Ok((3000, margin >= tau)));
+            // Range 2 has 3000, so seven of eight masked ones are masked throughout.
+            assert_eq!(simd.blocks(), 9 * 4 + 7 + 2, "{tau}");
         }
     }
 
