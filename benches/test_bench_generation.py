@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import generation
+import heads
 import lossless
 import offramp
 import pytest
@@ -118,3 +119,13 @@ def test_a_text_that_is_not_the_models_own_is_seen(ee, prompts, monkeypatch):
     monkeypatch.setattr(ee, "generate", lambda ids, mode, **ask: right(ids, mode="exit", **ask))
     found = lossless.summary(list(lossless.compare(ee, prompts, TOKENS, thresholds=[0.5, 0.0])), 1e-4)
     assert found["wrong"] == len(found["gaps_at_first_difference"]) > 0
+
+
+def test_kinds_of_heads_are_judged_on_text(ee):
+    assert heads.head_of("adapter:2@16384") == offramp.HeadConfig("adapter", depth=2, shortlist=16384)
+    assert heads.head_of("mlp") == offramp.HeadConfig("mlp", shortlist=8192)
+    texts = list(torch.randint(3, 61, (10, 20)))
+    found = ee.score(texts)
+    for row, correct in zip(heads.judged("mlp", ee, texts, 2.0), found.correct, strict=True):
+        assert row["agreement"] == pytest.approx(correct.mean())
+        assert 1 >= row["coverage_80"] >= row["coverage_90"] >= row["coverage_95"] >= 0

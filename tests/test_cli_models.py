@@ -17,8 +17,10 @@ import torch
 import transformers
 from offramp.cli import showcase
 from offramp.cli.app import run
+from offramp.cli.pipeline import describe_kinds
 from offramp.evaluation.demo import DemoConfig, run_demo
 from offramp.evaluation.tables import read_csv
+from offramp.llm.heads import HeadConfig
 
 WORDS = ["<pad>", "<s>", "<unk>", "</s>", *"abcdefgh"]
 LAYERS = (2, 4)
@@ -117,7 +119,7 @@ def test_training_reports_every_head(workplace):
         assert len(item["coverage"]) == len(item["eps"]) == 3
         assert 0 < item["seconds"] < 1
         assert item["bytes"] == 4 * item["parameters"] > 0
-    assert (folder / "exits-cache" / "training.png").stat().st_size > 1000
+    assert (folder / "exits-cache" / "exits.png").stat().st_size > 1000
     assert trained["folder"] == str(folder / "exits")
     assert (folder / "exits-cache").is_dir()
 
@@ -560,3 +562,12 @@ def test_the_demo_command_on_the_real_model(tmp_path, demo_folder, monkeypatch):
     page = (tmp_path / "demo" / "report.html").read_text()
     assert page.count('class="passage"') == 4
     assert "Explain rainbows to a ten-year-old." in page
+
+
+def test_heads_of_several_kinds_are_named_with_their_layers():
+    mlp, deep = HeadConfig("mlp", shortlist=8192), HeadConfig("adapter", shortlist=None, depth=2)
+    assert describe_kinds({2: mlp, 4: mlp}) == "mlp over a shortlist of 8,192 tokens"
+    assert (
+        describe_kinds({2: mlp, 4: deep, 6: mlp})
+        == "mlp over a shortlist of 8,192 tokens after 2, 6; adapter of 2 layers after 4"
+    )

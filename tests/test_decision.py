@@ -311,7 +311,7 @@ def test_the_bench_times_what_finds_the_same(monkeypatch, capsys, contender, wit
 
         def off(*given, token_off=token_off, margin_off=margin_off):
             token, *_ = honest(*given)
-            (row,) = (item for item in given if isinstance(item, torch.Tensor))
+            (row,) = (item for item in given if isinstance(item, torch.Tensor | np.ndarray))
             _, exact = peers.exactly(np.float32(row.tolist()))
             return token + token_off, exact + margin_off * within
 

@@ -274,6 +274,8 @@ def test_the_size_is_told_before(trunk, starts, tmp_path, monkeypatch):
         prepare_corpus(trunk, plan, tmp_path / "b", prompts=starts)
     assert not shards(tmp_path / "b")
     prepare_corpus(trunk, plan, tmp_path / "a", prompts=starts)  # nothing is missing, so nothing is needed
+    monkeypatch.setattr("offramp.llm.data.shutil.disk_usage", lambda _: SimpleNamespace(free=told // 100))
+    prepare_corpus(trunk, plan, tmp_path / "a", prompts=starts)  # not even the layer that heads are fitted to
     # What is there of other layers makes no room for these.
     other = CorpusPlan((1, 3), 2500, 12, 9)
     monkeypatch.setattr("offramp.llm.data.shutil.disk_usage", lambda _: SimpleNamespace(free=told // 10))
@@ -429,7 +431,9 @@ def test_a_note_of_other_files_or_none_is_named(trunk, starts, tmp_path):
     note = tmp_path / "shard-00001.json"
     whole = note.read_text()
     for other in (whole.replace("layer-2", "layer-x"), whole.replace('"text"', '"layer-3"'), None):
-        note.unlink() if other is None else note.write_text(other)
+        note.unlink()
+        if other is not None:
+            note.write_text(other)
         with pytest.raises(StorageError, match=r"shard-00001\.json is damaged"):
             prepare_corpus(trunk, PLAN, tmp_path, prompts=starts)
         note.write_text(whole)

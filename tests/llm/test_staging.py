@@ -154,12 +154,23 @@ def test_a_row_is_read_as_it_is_or_another_way(dtype):
         Stage().exits(torch.full_like(logits, torch.nan), 0.1)
 
 
-def test_every_generation_has_a_stage_of_its_own():
+@pytest.mark.parametrize("mode", ["exit", "verify"])
+def test_every_generation_has_a_stage_of_its_own(trained, thresholds, prompts, mode, monkeypatch):
     """Threads that shared one would overwrite each other's answers."""
-    one, other = (Stage.on(torch.device("cpu")) for _ in range(2))
-    first = one.exits(rows(torch.float32, (1, 700)), 0.1)
-    second = other.exits(rows(torch.float32, (1, 700)), 0.1)
-    assert not any(np.shares_memory(mine, its) for mine, its in zip(first, second, strict=True))
+    answered, exits = [], Stage.exits
+
+    def noting(stage, logits, tau):
+        found = exits(stage, logits, tau)
+        answered[-1].append((stage, *found))
+        return found
+
+    monkeypatch.setattr(Stage, "exits", noting)
+    for _ in range(2):
+        answered.append([])
+        generated(trained, prompts, thresholds, mode=mode)
+    (first, *mine), (second, *its) = answered[0][0], answered[1][0]
+    assert first is not second
+    assert not any(np.shares_memory(one, other) for one, other in zip(mine, its, strict=True))
 
 
 def test_no_rows_are_refused():

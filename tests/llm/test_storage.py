@@ -7,6 +7,7 @@ import os
 import shutil
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard, RepoUrl
@@ -80,13 +81,21 @@ def test_heads_of_several_kinds_come_back(model, texts, tmp_path):
     mine, theirs = (made.score(texts[:8]) for made in (ee, loaded))
     assert (mine.scores == theirs.scores).all()
     assert (mine.correct == theirs.correct).all()
-    ids = texts[0][None, :6]
-    thresholds = [0.0, 0.2, 0.2, 0.2]
+    thresholds = [float(np.quantile(scores, 0.6)) for scores in mine.scores]
     for mode in ("exit", "verify"):
-        said = [
-            made.generate(ids, thresholds=thresholds, max_new_tokens=12, mode=mode) for made in (ee, loaded)
-        ]
+        said, layers = [], set()
+        for made in (ee, loaded):
+            output = made.generate(
+                torch.stack(texts[:4])[:, :6],
+                thresholds=thresholds,
+                max_new_tokens=25,
+                mode=mode,
+                return_dict_in_generate=True,
+            )
+            said.append(output.sequences)
+            layers |= set(output.exit_layers.flatten().tolist())
         assert torch.equal(*said)
+        assert len(layers & {1, 2, 3, 4}) >= 2, layers
 
 
 def test_the_models_own_rows_are_not_saved(folder, model):
@@ -196,8 +205,12 @@ def change(**values):
         ("calibration.json", change(layers=[1, 3]), "calibration is damaged"),
         ("calibration.json", change(eps=2), "calibration is damaged"),
         ("calibration.json", change(n=7), "calibration is damaged"),
-        ("config.json", change(head={"kind": "big"}), "config.json is damaged"),
-        ("config.json", change(head={"kind": "mlp", "shortlist": 60, "width": 3}), "does not hold the heads"),
+        ("config.json", change(heads={layer: {"kind": "big"} for layer in "135"}), "config.json is damaged"),
+        (
+            "config.json",
+            change(heads={layer: {"kind": "mlp", "shortlist": 60, "width": 3} for layer in "135"}),
+            "does not hold the heads",
+        ),
         ("calibration.json", cut, "cannot be read as JSON"),
         ("calibration.json", change(mode="best"), "calibration is damaged"),
         ("calibration.json", change(delta=3), "calibration is damaged"),

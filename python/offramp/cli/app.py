@@ -22,7 +22,7 @@ from offramp.errors import OfframpError
 
 DONE, BUG, USER, INTERRUPTED = 0, 1, 2, 130
 EXTRAS = {
-    "llm": ("torch", "transformers", "safetensors", "accelerate"),
+    "llm": ("torch", "transformers", "safetensors", "accelerate", "filelock"),
     "cli": ("jinja2",),
     "plot": ("matplotlib",),
     "eval": ("lm_eval",),

@@ -145,19 +145,19 @@ def train(
         for item, taken in zip(best_of(history), seconds, strict=True)
     ]
     session.show(views.metrics_table(rows))
-    plot = _plot(history, cache)
+    plot = _plot(history, cache / f"{output.name}.png")
     session.show(f"Heads stored in {output}; metrics in {cache}{plot}; next: offramp calibrate {output}")
     session.result({"folder": str(output), "metrics": rows})
 
 
-def _plot(history: list[HeadMetrics], cache: Path) -> str:
+def _plot(history: list[HeadMetrics], picture: Path) -> str:
     """Draw the training where matplotlib is there; returns what to say of it."""
     if find_spec("matplotlib") is None:
         return " (a plot of them needs `pip install offramp[plot]`)"
     from offramp.evaluation.training import plot_training  # noqa: PLC0415  # an extra
 
-    plot_training(history, cache / "training.png")
-    return f", drawn in {cache / 'training.png'}"
+    plot_training(history, picture)
+    return f", drawn in {picture}"
 
 
 def calibrate(
@@ -302,11 +302,11 @@ def describe_training(ee: EarlyExitModel) -> str:
     """Say in a line what heads are and what they were trained on."""
     known = ee.training
     trained = f", trained {known['epochs']} times on {known['tokens']:,} tokens" if "epochs" in known else ""
-    return f"{_describe_heads(ee.head_configs)}{trained}"
+    return f"{describe_kinds(ee.head_configs)}{trained}"
 
 
-def _describe_heads(configs: Mapping[int, HeadConfig]) -> str:
-    """Say of what kind heads are, and where they are of several, which after which layers."""
+def describe_kinds(configs: Mapping[int, HeadConfig]) -> str:
+    """Name the kind of the heads; of several kinds, name the layers each is after."""
     layers: dict[str, list[str]] = {}
     for layer, config in configs.items():
         listed = f" over a shortlist of {config.shortlist:,} tokens" if config.shortlist else ""

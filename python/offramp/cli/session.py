@@ -99,7 +99,11 @@ def with_session(function: Callable[..., None]) -> Callable[..., None]:
     @click.option(
         "--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Random seed."
     )
-    @click.option("--threads", type=click.IntRange(1, 4096), help="CPU threads to use  [default: all cores].")
+    @click.option(
+        "--threads",
+        type=click.IntRange(1, 4096),
+        help="CPU threads to use  [default: all cores; bench decide: two for torch].",
+    )
     @functools.wraps(function)
     def wrapped(*, as_json: bool, quiet: bool, seed: int, threads: int | None, **options: Any) -> None:
         session = Session(as_json, quiet, seed, threads)

@@ -345,7 +345,9 @@ def prepare_corpus(
     corpus = Corpus(folder)
     _claim(corpus.folder, _identity(trunk, plan, prompts, sequences, end_tokens))
     corpus.open(plan.tokens)
-    _check_room(corpus, plan.layers, corpus_bytes(trunk, plan, prompts=prompts, sequences=sequences))
+    _check_room(
+        corpus, plan.layers, _fitted(trunk), corpus_bytes(trunk, plan, prompts=prompts, sequences=sequences)
+    )
     if prompts is not None:
         about = range(len(prompts)) if topics is None else topics
         _generate(corpus, trunk, plan, prompts, about, end_tokens, progress)
@@ -518,9 +520,9 @@ def _claim(folder: Path, identity: dict[str, Any]) -> None:
     write_json(path, identity)
 
 
-def _check_room(corpus: Corpus, layers: Sequence[int], needed: int) -> None:
+def _check_room(corpus: Corpus, layers: Sequence[int], fitted: Sequence[int], needed: int) -> None:
     """Refuse to begin what the disk cannot hold."""
-    parts = ("text", *(f"layer-{layer}" for layer in layers))
+    parts = ("text", *(f"layer-{layer}" for layer in {*layers, *fitted}))
     files = (_file(corpus.folder, index, part) for index in range(len(corpus.shards)) for part in parts)
     there = sum(path.stat().st_size for path in files if path.exists())
     free = shutil.disk_usage(corpus.folder).free

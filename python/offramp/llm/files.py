@@ -50,7 +50,11 @@ def held(folder: Path) -> Iterator[None]:
     lock = FileLock(folder / "in-use.lock")
     try:
         lock.acquire(timeout=0)
-    except Timeout as error:
+    except (OSError, NotImplementedError) as error:
+        if not isinstance(error, Timeout):
+            raise StorageError(
+                f"cache: {folder} cannot be locked ({error}); choose a folder on another disk"
+            ) from error
         raise StorageError(
             f"cache: another process is using {folder}; wait for it to end, or choose another folder"
         ) from error

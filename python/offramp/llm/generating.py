@@ -19,6 +19,9 @@ from offramp.llm.trunk import Trunk, not_numbers, positions_from_mask
 TOP = 8
 """Number of the model's first choices kept for every token; the shortlist is chosen from them."""
 
+# Rows that have ended stay in the batch until they are so large a share of it: taking them out moves all keys and
+# values of the others, which costs more than to carry a few along.
+_CARRIED = 1 / 8
 # A prefix shared by all prompts (a chat template's beginning) is run once; below this it is not worth a pass.
 _LEAST_SHARED = 8
 
@@ -92,7 +95,7 @@ def continue_prompts(
 
 @dataclass
 class _Kept:
-    """What one step leaves: the rows that were alive, their states a segment, and what the model said."""
+    """What one step leaves: whose row is whose, their states a segment, and what the model said."""
 
     rows: torch.Tensor
     states: list[torch.Tensor]
@@ -101,7 +104,10 @@ class _Kept:
 
 
 class _Batch:
-    """The rows still being continued, and what has been kept of all of them."""
+    """The rows still being continued, and what has been kept of all of them.
+
+    Rows that have ended belong to nobody, a number one past the last prompt's, until they are taken out.
+    """
 
     def __init__(
         self,
@@ -117,9 +123,10 @@ class _Batch:
         self.capture = capture
         self.temperatures = torch.tensor(list(temperatures) if temperatures else [0.0] * len(prompts))
         self.rows = torch.arange(len(prompts))
-        self._room = [trunk.max_positions - len(prompt) for prompt in prompts]
+        self._room = [*(trunk.max_positions - len(prompt) for prompt in prompts), 0]
         self._bounds = (0, *(capture or ()), trunk.num_layers)
-        self._emitted: list[list[int]] = [[] for _ in prompts]
+        self._nobody = len(prompts)
+        self._emitted: list[list[int]] = [[] for _ in range(self._nobody + 1)]
         self._kept: list[_Kept] = []
         # Padding after a shared prefix would count as positions within a window.
         self._shared = 0 if trunk.forgets else _shared_length(prompts)
@@ -144,7 +151,9 @@ class _Batch:
         for row, token in zip(self.rows.tolist(), tokens.tolist(), strict=True):
             self._emitted[row].append(token)
         self._inputs = tokens.to(self.trunk.device)[:, None]
-        self.positions = torch.cat([self.positions, self.positions[:, -1:] + 1], dim=1)
+        # Only rows of nobody come to the end of the window.
+        later = (self.positions[:, -1:] + 1).clamp(max=self.trunk.max_positions - 1)
+        self.positions = torch.cat([self.positions, later], dim=1)
         if self.mask is not None:
             self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.rows), 1)], dim=1)
 
@@ -154,19 +163,21 @@ class _Batch:
         alive = torch.tensor(
             [new[-1] not in end_tokens and len(new) < self._room[row] for row, new in emitted]
         )
-        if bool(alive.all()):
+        self.rows = torch.where(alive, self.rows, self._nobody)
+        left = int(alive.sum())
+        if left >= (1 - _CARRIED) * len(alive):
             return False
         self.rows, self.temperatures = self.rows[alive], self.temperatures[alive]
         places = alive.nonzero().flatten().to(self.trunk.device)
         self._inputs, self.positions = self._inputs[places], self.positions[places]
         self.mask = None if self.mask is None else self.mask[places]
         self.cache.batch_select_indices(places)
-        return len(self.rows) == 0
+        return left == 0
 
     def result(self, prompts: Sequence[torch.Tensor]) -> Continuations:
         sequences = [
             TokenSequence(torch.cat([prompt, torch.tensor(new, dtype=torch.int64)]), len(prompt))
-            for prompt, new in zip(prompts, self._emitted, strict=True)
+            for prompt, new in zip(prompts, self._emitted[:-1], strict=True)
         ]
         if self.capture is None:
             return Continuations(sequences)
@@ -213,12 +224,12 @@ class _Batch:
         ]
 
     def _by_row(self, steps: list[torch.Tensor], first: int = 0) -> list[torch.Tensor]:
-        """Values (alive, ...) of each step, from step ``first`` on, put together by row."""
+        """Values (rows, ...) of each step, from step ``first`` on, put together by row; those of nobody left out."""
         rows = torch.cat([self.rows[:0], *(kept.rows for kept in self._kept[first:])])
         counts = rows.bincount(minlength=len(self._emitted)).tolist()
         # Steps were kept in the order of time; a stable sort by row puts each sequence together.
         together = torch.cat(steps)[rows.argsort(stable=True).to(steps[0].device)]
-        return list(together.split(counts))
+        return list(together.split(counts))[:-1]
 
 
 def _shared_length(prompts: Sequence[torch.Tensor]) -> int:

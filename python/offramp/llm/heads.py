@@ -31,7 +31,7 @@ _HEADS: dict[str, type[ExitHead]] = {}
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """What kind of head to put after every exit layer.
+    """What kind of head to put after exit layers: the same after all, or one for each (`EarlyExitModel`).
 
     Attributes
     ----------
@@ -92,7 +92,7 @@ class HeadConfig:
             return dict.fromkeys(layers, cls.of(head))
         if set(head) != set(layers):
             raise InputError(
-                f"head is given for layers {', '.join(map(str, sorted(head)))}: give one for each exit, "
+                f"head is given for layers {', '.join(sorted(map(str, head)))}: give one for each exit, "
                 f"{', '.join(map(str, layers))}"
             )
         return {layer: cls.of(head[layer]) for layer in layers}

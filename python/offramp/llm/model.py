@@ -62,7 +62,7 @@ class EarlyExitModel:
         The exits: "after layer e", 1 ≤ e < L, strictly rising.
     head
         The kind of the heads: ``"mlp"``, ``"linear"``, ``"adapter"``, one of your own (`offramp.register_head`), or a
-        `HeadConfig`.
+        `HeadConfig`; or, by layer, one for each exit.
 
     Attributes
     ----------
@@ -70,6 +70,8 @@ class EarlyExitModel:
         As given.
     layers : tuple of int
         The exits.
+    head_configs : dict of int to HeadConfig
+        The kind of head after each of them.
     heads : torch.ExitHeads or None
         The heads by layer, in float32; ``None`` until they are trained.
     calibration : Calibration or None
@@ -190,7 +192,7 @@ class EarlyExitModel:
         InputError
             For prompts or sequences that cannot be used, or settings out of range.
         StorageError
-            If ``cache`` is damaged or belongs to something else.
+            If ``cache`` is damaged, belongs to something else, or is in use by another process.
         """
         processes = Processes(self._trunk.device)
         if processes.count > 1 and cache is None:

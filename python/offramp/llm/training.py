@@ -39,11 +39,14 @@ COVERAGE_EPS = (0.8, 0.9, 0.95)
 
 _WATCHED_ROWS = 4096
 _WATCHES_PER_EPOCH = 4
-# Floats of one logits matrix held at a time.  On a CPU 4 MiB, which its caches keep between one pass and the next: a
-# step is a tenth faster than with 32 MiB.
-_LOGITS_BUDGET, _LOGITS_BUDGET_CPU = 1 << 25, 1 << 20
-# Up to so many tokens a CPU trains attention faster from whole matrices of weights: a step by a sixth at 170 tokens.
-_SHORT = 512
+# Floats of one logits matrix held at a time: 2^23 is 32 MiB.
+_LOGITS_BUDGET = 1 << 23
+# On a CPU so many rows instead, whose logits over a shortlist its caches keep from one pass to the next: a step is a
+# tenth faster than with all at once.
+_CPU_ROWS = 128
+# A CPU trains attention faster from whole matrices of weights, a step by a sixth at 170 tokens; so many floats of one
+# for each head of attention.
+_WEIGHTS_BUDGET = 1 << 21
 # Floats of hidden states read at a time, padding included, one layer's.
 _STATES_BUDGET = 1 << 23
 
@@ -207,8 +210,8 @@ class Teacher:
     """The model's own probabilities over the tokens a head can emit, from the stored last hidden state.
 
     Recomputing them from the (H,) state with the output rows is exact and costs one matrix product shared by all
-    heads; storing V floats a token would cost a hundred times the disk.  Probability outside a shortlist is spread
-    evenly over it, so that a head learns to be unsure where the model's answer is not in its list.
+    heads of one list; storing V floats a token would cost a hundred times the disk.  Probability outside a shortlist
+    is spread evenly over it, so that a head learns to be unsure where the model's answer is not in its list.
     """
 
     def __init__(self, trunk: Trunk, shortlist: torch.Tensor | None) -> None:
@@ -252,6 +255,20 @@ def build_heads(trunk: Trunk, corpus: Corpus, configs: Mapping[int, HeadConfig],
     return heads.eval()
 
 
+def _teachers(trunk: Trunk, heads: ExitHeads) -> list[tuple[Teacher, list[int]]]:
+    """Make a teacher for every list of tokens, with the layers whose heads it teaches."""
+    found: list[tuple[torch.Tensor | None, list[int]]] = []
+    for layer in heads.layers:
+        tokens = heads.after(layer).shortlist
+        for known, layers in found:
+            if known is tokens or (known is not None and tokens is not None and torch.equal(known, tokens)):
+                layers.append(layer)
+                break
+        else:
+            found.append((tokens, [layer]))
+    return [(Teacher(trunk, tokens), layers) for tokens, layers in found]
+
+
 class Trainer:
     """Trains all heads together, one pass over the sequences an epoch, and can stop and go on.
 
@@ -282,9 +299,7 @@ class Trainer:
     ) -> None:
         self.trunk, self.heads, self.corpus, self.config = trunk, heads, corpus, config
         self.layers = heads.layers
-        # By the address of what they are for: heads of one list share its rows.
-        shortlists = {id(head.shortlist): head.shortlist for head in map(heads.after, self.layers)}
-        self.teachers = {key: Teacher(trunk, shortlist) for key, shortlist in shortlists.items()}
+        self.teachers = _teachers(trunk, heads)
         self.processes = processes or Processes()
         self._narrowed: dict[int, torch.Tensor] = {}
         self.generated, self.lengths = corpus.generated, corpus.lengths
@@ -310,6 +325,7 @@ class Trainer:
             {
                 "config": asdict(config),
                 "heads": {layer: heads.after(layer).config.to_dict() for layer in self.layers},
+                "state": {name: tuple(tensor.shape) for name, tensor in heads.own_state().items()},
                 "peaks": list(self.peaks.values()),
                 "rows": corpus.rows,
                 **(identity or {}),
@@ -350,10 +366,12 @@ class Trainer:
                 if time.monotonic() - saved > self.checkpoint_seconds:
                     self._save()
                     saved = time.monotonic()
-        self._save()
+        self._save(finished=True)
         if self._log is not None:
             self._log.close()
         self.best.restore(self.heads)
+        # Buffers that each process filled from its own share of the text.
+        self._share_heads()
         return self.history
 
     def train_step(self, numbers: torch.Tensor) -> None:
@@ -384,7 +402,7 @@ class Trainer:
                 targets = self._targets(batch, rows)
                 for index, layer in enumerate(self.layers):
                     head = self.heads.after(layer)
-                    target = targets[id(head.shortlist)]
+                    target = targets[layer]
                     with self._precision():
                         loss, entropy = exit_loss(features[index][rows], *self._rows_of(head), target, weight)
                     sums[index] += torch.stack([loss.double(), entropy.double().sum()]).cpu()
@@ -410,8 +428,10 @@ class Trainer:
                 f"cache: one process begins at step {self.step} and the first at step {step}; "
                 "give all of them a folder they share"
             )
-        floats = (tensor for tensor in self.heads.state_dict().values() if tensor.is_floating_point())
-        self.processes.share(list(floats))
+        self._share_heads()
+
+    def _share_heads(self) -> None:
+        self.processes.share([t for t in self.heads.state_dict().values() if t.is_floating_point()])
 
     def _watch(self, watch: Watch | None) -> None:
         # What is kept and when it ends follows from the metrics: processes that disagreed in a last bit would part.
@@ -442,7 +462,7 @@ class Trainer:
             targets = self._targets(batch, rows)
             for layer, read, backward in zip(self.layers, features, backwards, strict=True):
                 head = self.heads.after(layer)
-                self._go_back(head, read[rows].detach(), backward[rows], targets[id(head.shortlist)], total)
+                self._go_back(head, read[rows].detach(), backward[rows], targets[layer], total)
         differentiable = [pair for pair in zip(features, backwards, strict=True) if pair[0].requires_grad]
         torch.autograd.backward([rows for rows, _ in differentiable], [grad for _, grad in differentiable])
 
@@ -472,7 +492,7 @@ class Trainer:
     def _features(self, batch: Batch) -> list[torch.Tensor]:
         device = self.trunk.device
         picked = (batch.picked[0].to(device), batch.picked[1].to(device))
-        with self._precision(), _attention(device, max(rows.shape[1] for rows in batch.hidden.values())):
+        with self._precision(), _attention(device, batch.hidden[self.layers[0]].shape):
             return [
                 self.heads.after(layer).read(batch.hidden[layer].to(device).float(), picked)
                 for layer in self.layers
@@ -480,7 +500,10 @@ class Trainer:
 
     def _targets(self, batch: Batch, rows: slice) -> dict[int, torch.Tensor]:
         final, log_normalizer = batch.final[rows], batch.log_normalizer[rows]
-        return {key: teacher.probabilities(final, log_normalizer) for key, teacher in self.teachers.items()}
+        found: dict[int, torch.Tensor] = {}
+        for teacher, layers in self.teachers:
+            found |= dict.fromkeys(layers, teacher.probabilities(final, log_normalizer))
+        return found
 
     @property
     def _narrow(self) -> bool:
@@ -500,8 +523,9 @@ class Trainer:
                 yield self.corpus.batch(part, self.layers)
 
     def _chunks(self, rows: int) -> Iterator[slice]:
-        budget = _LOGITS_BUDGET_CPU if self.trunk.device.type == "cpu" else _LOGITS_BUDGET
-        size = max(1, budget // max(len(teacher.weight) for teacher in self.teachers.values()))
+        size = _CPU_ROWS
+        if self.trunk.device.type != "cpu":
+            size = max(1, _LOGITS_BUDGET // max(len(teacher.weight) for teacher, _ in self.teachers))
         return (slice(start, start + size) for start in range(0, rows, size))
 
     def _batches(self, epoch: int) -> list[torch.Tensor]:
@@ -517,12 +541,13 @@ class Trainer:
             start -= steps
         raise AssertionError("training is over")
 
-    def _save(self) -> None:
+    def _save(self, *, finished: bool = False) -> None:
         if self.checkpoint is None or not self.processes.first:
             return
         tensors = {f"head.{name}": tensor for name, tensor in self.heads.own_state().items()}
         tensors |= {f"best.{name}": tensor for name, tensor in self.best.parameters.items()}
-        for index, state in self.optimizer.state_dict()["state"].items():
+        # No more steps, no more use for the moments, which are twice as large as the heads.
+        for index, state in self.optimizer.state_dict()["state"].items() if not finished else ():
             tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in state.items()}
         metadata = {
             "identity": self.identity,
@@ -563,8 +588,9 @@ class Trainer:
             if name.startswith("optimizer."):
                 _, index, key = name.split(".")
                 state.setdefault(int(index), {})[key] = tensor
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        if state:
+            groups = self.optimizer.state_dict()["param_groups"]
+            self.optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 class Best:
@@ -638,9 +664,9 @@ def _groups(heads: ExitHeads, peaks: Mapping[int, float]) -> list[dict[str, Any]
     return groups
 
 
-def _attention(device: torch.device, length: int) -> AbstractContextManager[Any]:
-    """Choose how attention is computed while sequences of this length are trained on."""
-    whole = device.type == "cpu" and length <= _SHORT
+def _attention(device: torch.device, shape: torch.Size) -> AbstractContextManager[Any]:
+    """Choose how attention is computed while sequences (B, T, H) are trained on."""
+    whole = device.type == "cpu" and shape[0] * shape[1] ** 2 <= _WEIGHTS_BUDGET
     return sdpa_kernel(SDPBackend.MATH) if whole else nullcontext()
 
 

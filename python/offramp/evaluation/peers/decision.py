@@ -71,7 +71,7 @@ def as_held(logits: NDArray[np.float32], dtype: str) -> NDArray[np.float32]:
 def check(found: Callable[[], tuple[int, float]], name: str, logits: NDArray[np.float32]) -> None:
     """Require a contender's token to be the row's, and its margin to lie within 1e-6 of exact arithmetic's.
 
-    That of `ROUNDING` is let off as much as its own rounding is known to cost.
+    Contenders in `ROUNDING` may be off by as much as their own rounding is known to cost.
 
     Raises
     ------
