@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 import sys
-from typing import Any, ClassVar, Literal, NamedTuple, SupportsIndex, TypeAlias, cast
+from typing import Any, Literal, NamedTuple, SupportsIndex, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,39 +73,26 @@ def as_floats(value: Any, argument: str) -> Floats:
     return Floats(array.view(np.uint16) if array.dtype.itemsize == 2 else array, cast("FloatName", name))
 
 
-class _Torch:
-    """What is needed of torch, once it is there: to look names up in a module takes a tenth of a microsecond in all."""
-
-    tensor: Any = None
-    views: ClassVar[dict[Any, tuple[FloatName, Any]]] = {}
-    """By dtype: its name, and the dtype numpy can view it as."""
-
-    @classmethod
-    def is_tensor(cls, value: Any) -> bool:
-        """Tell whether a value is a plain tensor."""
-        if cls.tensor is None and (torch := sys.modules.get("torch")) is not None:
-            cls.tensor = torch.Tensor
-            cls.views |= {
-                torch.float32: ("float32", None),
-                torch.bfloat16: ("bfloat16", torch.uint16),
-                torch.float16: ("float16", torch.uint16),
-            }
-        return type(value) is cls.tensor
-
-
 def tensor_memory(value: Any) -> tuple[NDArray[Any], FloatName] | None:
     """View a torch tensor whose memory numpy can use, 16-bit floats as their bits; ``None`` for all else.
 
     The way there takes a microsecond or two: no more is asked of the tensor than has to be.
     """
-    if type(value) is not _Torch.tensor and not _Torch.is_tensor(value):
+    torch = sys.modules.get("torch")
+    if torch is None or type(value) is not torch.Tensor:
         return None
+    dtype = value.dtype
     try:
         # torch itself refuses what has no such memory: other devices, sparse, negated, in need of a gradient.
-        name, bits = _Torch.views[value.dtype]
-        return (value if bits is None else value.view(bits)).numpy(), name
-    except (KeyError, RuntimeError, TypeError):
-        return None
+        if dtype is torch.float32:
+            return value.numpy(), "float32"
+        if dtype is torch.bfloat16:
+            return value.view(torch.uint16).numpy(), "bfloat16"
+        if dtype is torch.float16:
+            return value.view(torch.uint16).numpy(), "float16"
+    except (RuntimeError, TypeError):
+        pass
+    return None
 
 
 def as_labels(value: Any, argument: str) -> Labels:
