@@ -30,14 +30,10 @@ def head_of(name):
 def watched(name, history):
     """Rows of a training as it went."""
     for item in history:
-        covered = dict(zip(("coverage_80", "coverage_90", "coverage_95"), item.coverage, strict=True))
-        yield {
-            "head": name,
-            "layer": item.layer,
-            "tokens": item.tokens,
-            "agreement": item.accuracy,
-            **covered,
-        }
+        row = {"head": name, "layer": item.layer, "tokens": item.tokens, "agreement": item.accuracy}
+        for eps, share in zip(item.eps, item.coverage, strict=True):
+            row[f"coverage_{100 * eps:.0f}"] = share
+        yield row
 
 
 def judged(name, ee, texts, seconds):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -345,9 +345,8 @@ def prepare_corpus(
     corpus = Corpus(folder)
     _claim(corpus.folder, _identity(trunk, plan, prompts, sequences, end_tokens))
     corpus.open(plan.tokens)
-    _check_room(
-        corpus, plan.layers, _fitted(trunk), corpus_bytes(trunk, plan, prompts=prompts, sequences=sequences)
-    )
+    needed = corpus_bytes(trunk, plan, prompts=prompts, sequences=sequences)
+    _check_room(corpus, {*plan.layers, *_fitted(trunk)}, needed)
     if prompts is not None:
         about = range(len(prompts)) if topics is None else topics
         _generate(corpus, trunk, plan, prompts, about, end_tokens, progress)
@@ -520,9 +519,9 @@ def _claim(folder: Path, identity: dict[str, Any]) -> None:
     write_json(path, identity)
 
 
-def _check_room(corpus: Corpus, layers: Sequence[int], fitted: Sequence[int], needed: int) -> None:
+def _check_room(corpus: Corpus, layers: Collection[int], needed: int) -> None:
     """Refuse to begin what the disk cannot hold."""
-    parts = ("text", *(f"layer-{layer}" for layer in {*layers, *fitted}))
+    parts = ("text", *(f"layer-{layer}" for layer in layers))
     files = (_file(corpus.folder, index, part) for index in range(len(corpus.shards)) for part in parts)
     there = sum(path.stat().st_size for path in files if path.exists())
     free = shutil.disk_usage(corpus.folder).free

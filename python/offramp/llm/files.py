@@ -50,13 +50,14 @@ def held(folder: Path) -> Iterator[None]:
     lock = FileLock(folder / "in-use.lock")
     try:
         lock.acquire(timeout=0)
-    except (OSError, NotImplementedError) as error:
-        if not isinstance(error, Timeout):
-            raise StorageError(
-                f"cache: {folder} cannot be locked ({error}); choose a folder on another disk"
-            ) from error
+    except Timeout as error:
         raise StorageError(
             f"cache: another process is using {folder}; wait for it to end, or choose another folder"
+        ) from error
+    except (OSError, NotImplementedError) as error:
+        # Which of them a disk without locks (some network disks) brings depends on the version of filelock.
+        raise StorageError(
+            f"cache: {folder} cannot be locked ({error}); choose a folder on another disk"
         ) from error
     try:
         yield

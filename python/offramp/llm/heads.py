@@ -294,14 +294,11 @@ def make_heads(
     trunk: Trunk, configs: Mapping[int, HeadConfig], shortlists: Mapping[int, torch.Tensor | None]
 ) -> ExitHeads:
     """Make untrained heads, by the layer they follow; those of one shortlist share its output rows."""
-    on_device = {
-        id(tokens): None if tokens is None else tokens.to(trunk.device) for tokens in shortlists.values()
-    }
-    rows = {key: output_rows(trunk, tokens) for key, tokens in on_device.items()}
-    keys = {layer: id(shortlists[layer]) for layer in configs}
+    lists = {id(tokens): tokens for tokens in shortlists.values()}
+    rows = {key: output_rows(trunk, tokens) for key, tokens in lists.items()}
     return ExitHeads(
         {
-            layer: make_head(trunk, config, on_device[keys[layer]], rows[keys[layer]])
+            layer: make_head(trunk, config, shortlists[layer], rows[id(shortlists[layer])])
             for layer, config in configs.items()
         }
     )
