@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import offramp
 from offramp import machine
@@ -35,7 +35,7 @@ class DemoConfig:
     Attributes
     ----------
     layers, head_kind, shortlist
-        The exits and their heads.
+        The exits and their heads: by the planner, the best two of seven adapters trained so long.
     training_tokens, epochs, calibration_tokens : int
         Self-generated tokens to train on, how often, and tokens to calibrate on.
     eps : float
@@ -50,18 +50,18 @@ class DemoConfig:
         Seed of the training.
     """
 
-    layers: tuple[int, ...] = (24, 28)
-    head_kind: Literal["mlp", "linear"] = "mlp"
+    layers: tuple[int, ...] = (10, 26)
+    head_kind: str = "adapter"
     shortlist: int | None = 8192
-    training_tokens: int = 20_000
-    epochs: int = 3
+    training_tokens: int = 30_000
+    epochs: int = 4
     calibration_tokens: int = 4_000
     eps: float = 0.9
     eps_checked: tuple[float, ...] = (0.8, 0.9, 0.95)
     prompts: int = 16
     max_new_tokens: int = 48
-    timed_prompts: int = 3
-    timed_tokens: int = 32
+    timed_prompts: int = 5
+    timed_tokens: int = 48
     seed: int = 0
 
 
