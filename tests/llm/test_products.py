@@ -45,6 +45,53 @@ def test_halves_by_either_product(monkeypatch, rows, dtype, biased):
         torch.testing.assert_close(products.linear(hidden, weight, bias), expected, rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize("most", [0, 2])
+@pytest.mark.parametrize("rows", [1, 2, 3])
+@pytest.mark.parametrize("biased", [False, True])
+def test_few_rows_of_bfloat16_may_go_without_onednn(monkeypatch, rows, most, biased):
+    hidden, weight, bias = drawn(rows, torch.bfloat16, biased)
+    expected = torch.nn.functional.linear(
+        hidden.double(), weight.double(), None if bias is None else bias.double()
+    )
+    seen = watched(monkeypatch)
+    monkeypatch.setattr(products, "_WITHOUT_ONEDNN", most)
+    found = products.linear(hidden, weight, bias)
+    torch.testing.assert_close(found, expected.bfloat16(), rtol=1e-2, atol=1e-2)
+    assert seen == [rows > most]
+    assert torch.backends.mkldnn.enabled
+
+
+def test_float32_keeps_onednn(monkeypatch):
+    monkeypatch.setattr(products, "_WITHOUT_ONEDNN", 2)
+    monkeypatch.setattr(products, "_AS_COLUMNS_FROM", None)
+    seen = watched(monkeypatch)
+    products.linear(*drawn(1))
+    assert seen == [True]
+
+
+def test_onednn_is_left_as_it_was_found(monkeypatch):
+    """Turned on again when a product fails, and not at all where the user has turned it off."""
+    monkeypatch.setattr(products, "_WITHOUT_ONEDNN", 2)
+    hidden, weight, _ = drawn(1, torch.bfloat16)
+    with pytest.raises(RuntimeError):
+        products.linear(hidden, weight, torch.zeros(7, dtype=torch.bfloat16))
+    assert torch.backends.mkldnn.enabled
+    with torch.backends.mkldnn.flags(enabled=False):
+        products.linear(hidden, weight, None)
+        assert not torch.backends.mkldnn.enabled
+
+
+def watched(monkeypatch):
+    """Whether oneDNN was on at each product."""
+    seen, own = [], torch.nn.functional.linear
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "linear",
+        lambda *given: seen.append(torch.backends.mkldnn.enabled) or own(*given),
+    )
+    return seen
+
+
 def test_gradients_come_through(monkeypatch):
     monkeypatch.setattr(products, "_AS_COLUMNS_FROM", 1)
     hidden, weight, _ = (item.requires_grad_() if item is not None else None for item in drawn(1))
