@@ -257,8 +257,11 @@ def _pick(
 def _sample(
     logits: torch.Tensor, temperatures: torch.Tensor, generator: torch.Generator | None
 ) -> torch.Tensor:
-    """Draw a token a row by inversion: one random number, where ``multinomial`` takes one for every token."""
-    weights = ((logits - logits.amax(dim=-1, keepdim=True)) / temperatures[:, None]).exp_()
+    """Draw a token a row by inversion: one random number, where ``multinomial`` takes one for every token.
+
+    In the memory of the logits: to ask for as much anew takes as long as to go through it.
+    """
+    weights = logits.sub_(logits.amax(dim=-1, keepdim=True)).div_(temperatures[:, None]).exp_()
     # numpy adds up in float64 without a copy of the weights in it.
     sums = torch.from_numpy(np.cumsum(weights.numpy(), axis=-1, dtype=np.float64))
     drawn = torch.rand(len(sums), 1, dtype=torch.float64, generator=generator) * sums[:, -1:]
