@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from fnmatch import fnmatch
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard, RepoUrl
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-from offramp import EarlyExitModel, HeadConfig, ModelError, StorageError
+from offramp import EarlyExitModel, HeadConfig, InputError, ModelError, StorageError
 from offramp.llm import storage
 from offramp.llm.fingerprint import fingerprint
 from tiny import make_model
@@ -23,6 +24,14 @@ def folder(trained, tmp_path):
     path = tmp_path / "exits"
     trained.save_pretrained(path)
     return path
+
+
+@pytest.fixture
+def retrained(trained, model, texts):
+    """Heads after the same layers as `trained`, of another training, not calibrated."""
+    ee = EarlyExitModel(model, None, layers=trained.layers, head=HeadConfig("mlp", shortlist=60))
+    ee.train_heads(sequences=texts[:10], epochs=1)
+    return ee
 
 
 def test_heads_and_thresholds_come_back(trained, model, folder, thresholds, prompts):
@@ -117,10 +126,19 @@ def test_the_config_says_what_was_done(folder):
     assert "library_name: offramp" in card
 
 
-def test_saving_again_replaces_and_leaves_nothing_beside(trained, folder):
-    (folder / "stray.txt").write_text("old")
-    trained.save_pretrained(folder)
-    assert not (folder / "stray.txt").exists()
+def test_saving_again_replaces_and_leaves_nothing_beside(retrained, folder):
+    retrained.save_pretrained(folder)
+    assert {path.name for path in folder.iterdir()} == {"README.md", "config.json", "heads.safetensors"}
+    assert [path.name for path in folder.parent.iterdir()] == ["exits"]
+
+
+def test_what_others_put_beside_the_heads_is_left_alone(retrained, folder):
+    (folder / "cache").mkdir()
+    (folder / "cache" / "corpus.json").write_text("{}")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(StorageError, match="holds other files beside the heads, such as cache"):
+        retrained.save_pretrained(folder)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
     assert [path.name for path in folder.parent.iterdir()] == ["exits"]
 
 
@@ -205,7 +223,8 @@ def change(**values):
         ("calibration.json", change(layers=[1, 3]), "calibration is damaged"),
         ("calibration.json", change(eps=2), "calibration is damaged"),
         ("calibration.json", change(n=7), "calibration is damaged"),
-        ("config.json", change(heads={layer: {"kind": "big"} for layer in "135"}), "config.json is damaged"),
+        ("config.json", change(heads={layer: {"kind": "mlp", "depth": 0} for layer in "135"}), "is damaged"),
+        ("config.json", change(heads={layer: {"depth": 1} for layer in "135"}), "config.json is damaged"),
         (
             "config.json",
             change(heads={layer: {"kind": "mlp", "shortlist": 60, "width": 3} for layer in "135"}),
@@ -225,8 +244,32 @@ def test_a_damaged_folder_is_refused(folder, model, name, damage, words):
         EarlyExitModel.from_pretrained(folder, model=model)
 
 
+def test_heads_of_a_kind_nobody_registered_are_whole(folder, model):
+    change(heads={layer: {"kind": "scaled", "options": {}} for layer in "135"})(folder / "config.json")
+    words = "exits: these heads are of kind 'scaled', which is not registered here: import the module"
+    with pytest.raises(InputError, match=words):
+        EarlyExitModel.from_pretrained(folder, model=model)
+
+
+def test_a_calibration_of_other_heads_is_refused(folder, retrained, model, tmp_path):
+    retrained.save_pretrained(tmp_path / "anew")
+    for name in ("heads.safetensors", "config.json"):
+        shutil.copy(tmp_path / "anew" / name, folder)
+    with pytest.raises(StorageError, match=r"belongs to other heads than heads\.safetensors: delete it"):
+        EarlyExitModel.from_pretrained(folder, model=model)
+
+
+def test_a_calibration_that_does_not_say_whose_it_is_is_taken(trained, folder, model):
+    path = folder / "calibration.json"
+    values = json.loads(path.read_text())
+    del values["heads_sha256"]
+    path.write_text(json.dumps(values))
+    loaded = EarlyExitModel.from_pretrained(folder, model=model)
+    assert loaded.calibration.to_dict() == trained.calibration.to_dict()
+
+
 class Hub:
-    """One repository, kept in a folder; what else is asked for is not there."""
+    """One repository, with a folder for each branch; what else is asked for is not there."""
 
     def __init__(self, folder):
         self.folder, self.asked = folder, {}
@@ -238,19 +281,38 @@ class Hub:
     def create_repo(self, repo_id, *, private, exist_ok):
         assert exist_ok
         self.asked |= {"repo_id": repo_id, "private": private}
+        (self.folder / "main").mkdir(parents=True, exist_ok=True)
         return RepoUrl(f"https://hub.test/{repo_id}", endpoint="https://hub.test")
 
-    def upload_folder(self, *, repo_id, folder_path, **kwargs):
+    def create_branch(self, repo_id, *, branch, exist_ok):
+        assert exist_ok
+        assert repo_id == self.asked["repo_id"]
+        if not (self.folder / branch).exists():
+            shutil.copytree(self.folder / "main", self.folder / branch)
+
+    def upload_folder(self, *, repo_id, folder_path, delete_patterns=(), revision=None, **kwargs):
         self.asked |= kwargs
-        shutil.copytree(folder_path, self.folder / repo_id)
+        branch = self.folder / (revision or "main")
+        # Files that are deleted and uploaded again are not deleted; the others stay unless they are named.
+        for path in list(branch.iterdir()):
+            if any(fnmatch(path.name, pattern) for pattern in delete_patterns):
+                path.unlink()
+        for path in folder_path.iterdir():
+            shutil.copy(path, branch)
         return SimpleNamespace(commit_url=f"https://hub.test/{repo_id}/commit/1")
 
     def download(self, repo_id, *, allow_patterns, **where):
         self.where = where
-        if repo_id != self.asked.get("repo_id"):
-            raise LocalEntryNotFoundError("no such repository")
-        assert {path.name for path in (self.folder / repo_id).iterdir()} <= set(allow_patterns)
-        return str(self.folder / repo_id)
+        branch = self.folder / (where["revision"] or "main")
+        if repo_id != self.asked.get("repo_id") or not branch.exists():
+            raise LocalEntryNotFoundError("no such repository or branch")
+        snapshot = self.folder.with_name("snapshot")
+        shutil.rmtree(snapshot, ignore_errors=True)
+        snapshot.mkdir()
+        for path in branch.iterdir():
+            if any(fnmatch(path.name, pattern) for pattern in allow_patterns):
+                shutil.copy(path, snapshot)
+        return str(snapshot)
 
 
 @pytest.fixture
@@ -280,6 +342,34 @@ def test_heads_go_to_the_hub_and_come_back(trained, model, hub):
         EarlyExitModel.from_pretrained("someone/others", model=model)
 
 
+def test_heads_trained_anew_leave_no_earlier_calibration_on_the_hub(trained, retrained, model, hub):
+    trained.push_to_hub("someone/exits")
+    (hub.folder / "main" / "picture.png").write_bytes(b"somebody's")
+    retrained.push_to_hub("someone/exits")
+    left = {path.name for path in (hub.folder / "main").iterdir()}
+    assert left == {"README.md", "config.json", "heads.safetensors", "picture.png"}
+    assert EarlyExitModel.from_pretrained("someone/exits", model=model).calibration is None
+
+
+def test_heads_go_to_a_branch_which_is_made_where_there_is_none(trained, retrained, model, hub):
+    trained.push_to_hub("someone/exits")
+    for _ in range(2):
+        retrained.push_to_hub("someone/exits", revision="v2")
+    assert EarlyExitModel.from_pretrained("someone/exits", model=model).calibration is not None
+    assert EarlyExitModel.from_pretrained("someone/exits", model=model, revision="v2").calibration is None
+
+
+@pytest.mark.parametrize(
+    "where", [{"revision": "refs/pr/1"}, {"revision": "main", "create_pr": True}], ids=str
+)
+def test_a_pull_request_makes_no_branch(trained, hub, monkeypatch, where):
+    """Those who may open one may often make no branch."""
+    (hub.folder / "refs" / "pr" / "1").mkdir(parents=True)
+    monkeypatch.setattr(hub, "create_branch", None)
+    trained.push_to_hub("someone/exits", **where)
+    assert (hub.folder / where["revision"] / "heads.safetensors").exists()
+
+
 def test_heads_and_their_base_model_are_read_with_the_same_rights_from_the_same_place(
     trained, model, hub, monkeypatch, tmp_path
 ):
@@ -288,7 +378,7 @@ def test_heads_and_their_base_model_are_read_with_the_same_rights_from_the_same_
     monkeypatch.setattr(
         "offramp.llm.model.load_model", lambda name, **where: asked.append((name, where)) or (model, "tokens")
     )
-    trained.push_to_hub("someone/exits")
+    trained.push_to_hub("someone/exits", revision="v2")
     places = {"cache_dir": tmp_path, "local_files_only": True}
     loaded = EarlyExitModel.from_pretrained(
         "someone/exits", revision="v2", token="secret", dtype="float32", **places

@@ -40,6 +40,7 @@ _CONFIG = "config.json"
 _CALIBRATION = "calibration.json"
 _MEASURED = "calibration.safetensors"
 _CARD = "README.md"
+_FILES = (_HEADS, _CONFIG, _CALIBRATION, _MEASURED, _CARD)
 _FINGERPRINT = "base_model.fingerprint"
 _SHORTLIST = "shortlist"
 _OTHER_HEADS = f"{_HEADS} does not hold the heads {_CONFIG} describes: the folder is damaged"
@@ -76,6 +77,17 @@ class SavedExits:
     def head_configs(self) -> dict[int, HeadConfig]:
         """The kind of head after each layer."""
         return {layer: HeadConfig(**self.config["heads"][str(layer)]) for layer in self.layers}
+
+    @property
+    def unregistered(self) -> str | None:
+        """A kind of head that this process does not know, if there is one."""
+        for layer in self.layers:
+            kind: str = self.config["heads"][str(layer)]["kind"]
+            try:
+                HeadConfig(kind)
+            except InputError:
+                return kind
+        return None
 
     @property
     def base_model(self) -> str | None:
@@ -140,7 +152,7 @@ def save_exits(
     Raises
     ------
     StorageError
-        If the folder exists and holds something else.
+        If the folder exists and holds anything else.
     """
     target = Path(folder)
     require_free(target)
@@ -160,19 +172,35 @@ def require_free(folder: Path) -> None:
     Raises
     ------
     StorageError
-        If the folder exists and holds something else.
+        If the folder exists and holds anything else.
     """
-    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not _is_ours(folder))):
+    if not folder.exists():
+        return
+    if not folder.is_dir() or (any(folder.iterdir()) and not _is_ours(folder)):
         raise StorageError(f"folder {folder} holds other files: choose an empty or a new folder")
+    # The folder is replaced whole, and they would go with it.
+    others = sorted(path.name for path in folder.iterdir() if path.name not in _FILES)
+    if others:
+        raise StorageError(
+            f"folder {folder} holds other files beside the heads, such as {others[0]}: move them away, or choose an "
+            "empty or a new folder"
+        )
 
 
 def push_exits(folder: Path, repo_id: str, **kwargs: Any) -> str:
-    """Upload a folder of heads to the Hub, making the repository where there is none; returns the commit's address.
+    """Upload a folder of heads to the Hub, making repository and branch where there are none.
+
+    What earlier heads had and these have not, a calibration, is deleted there; files of others stay.
 
     Parameters
     ----------
     kwargs
         ``private``, ``token``, ``revision``, ``commit_message`` and ``create_pr``, as `huggingface_hub` takes them.
+
+    Returns
+    -------
+    str
+        Address of the commit.
 
     Raises
     ------
@@ -183,8 +211,13 @@ def push_exits(folder: Path, repo_id: str, **kwargs: Any) -> str:
     api = HfApi(token=token)
     try:
         repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        branch = kwargs.get("revision")
+        # A pull request goes to a branch that is there, often one of a repository of somebody else.
+        if branch is not None and not branch.startswith("refs/pr") and not kwargs.get("create_pr"):
+            api.create_branch(repo, branch=branch, exist_ok=True)
         kwargs.setdefault("commit_message", "Exit heads and thresholds")
-        return str(api.upload_folder(repo_id=repo, folder_path=folder, **kwargs).commit_url)
+        commit = api.upload_folder(repo_id=repo, folder_path=folder, delete_patterns=list(_FILES), **kwargs)
+        return str(commit.commit_url)
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise StorageError(f"repo_id is {repo_id}: the Hub did not take it ({_reason(error)})") from error
 
@@ -204,9 +237,8 @@ def fetch_exits(name: str | os.PathLike[str], **where: Any) -> Path:
     """
     if Path(name).is_dir() or not _REPOSITORY.fullmatch(str(name)):
         return Path(name)
-    files = [_HEADS, _CONFIG, _CALIBRATION, _MEASURED, _CARD]
     try:
-        return Path(snapshot_download(str(name), allow_patterns=files, **where))
+        return Path(snapshot_download(str(name), allow_patterns=list(_FILES), **where))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise StorageError(
             f"folder {name} does not exist, and the Hub did not give it ({_reason(error)})"
@@ -220,6 +252,8 @@ def load_exits(folder: str | os.PathLike[str]) -> SavedExits:
     ------
     StorageError
         If it is missing, damaged, or of a newer version; the sentence names the file.
+    InputError
+        If the heads are of a kind that is not registered.
     """
     source = Path(folder)
     if not source.is_dir():
@@ -246,31 +280,43 @@ def load_exits(folder: str | os.PathLike[str]) -> SavedExits:
             pass
     except SafetensorError as error:
         raise StorageError(f"{heads} is truncated or damaged: save the heads again") from error
-    if sha256_of(heads) != config.get("sha256"):
+    digest = sha256_of(heads)
+    if digest != config.get("sha256"):
         raise StorageError(
             f"{heads} is not the file {_CONFIG} describes: the folder is damaged; save the heads again"
         )
     tensors = load_file(heads)
     stored = source / _CALIBRATION
-    calibration = _calibration(source) if stored.exists() else None
+    calibration = _calibration(source, digest) if stored.exists() else None
     try:
         base = Fingerprint(tensors[_FINGERPRINT], config["base_model_shapes"])
         saved = SavedExits(config, tensors, base, calibration)
-        _ = saved.head_configs, saved.base_model
-        layers = saved.layers
+        layers, unknown = saved.layers, saved.unregistered
+        _ = unknown or saved.head_configs, saved.base_model
     except (KeyError, TypeError, InputError) as error:
         raise StorageError(f"{source / _CONFIG} is damaged ({error}): save the heads again") from error
+    if unknown is not None:
+        raise InputError(
+            f"folder {source}: these heads are of kind {unknown!r}, which is not registered here: import the module "
+            "that registers it"
+        )
     if calibration is not None and calibration.layers != layers:
         raise StorageError(f"{stored} belongs to heads after other layers: calibrate again")
     return saved
 
 
-def _calibration(folder: Path) -> Calibration:
+def _calibration(folder: Path, heads: str) -> Calibration:
+    """Read the calibration of the heads with this SHA-256."""
     values, arrays = read_json(folder / _CALIBRATION), folder / _MEASURED
     measured = values.get("measured")
     if not arrays.exists() or not isinstance(measured, dict) or sha256_of(arrays) != measured.get("sha256"):
         raise StorageError(
             f"{arrays} is missing or is not the file {_CALIBRATION} describes: calibrate again"
+        )
+    # Earlier versions did not write whose it is.
+    if values.get("heads_sha256", heads) != heads:
+        raise StorageError(
+            f"{folder / _CALIBRATION} belongs to other heads than {_HEADS}: delete it, and calibrate again"
         )
     return Calibration.from_dict(values, Measured.from_arrays(load_arrays(arrays)))
 
@@ -308,8 +354,8 @@ def _write(
     }
     if calibration is not None:
         save_arrays(calibration.measured.to_arrays(), folder / _MEASURED)
-        measured = {"sha256": sha256_of(folder / _MEASURED)}
-        write_json(folder / _CALIBRATION, {**calibration.to_dict(), "measured": measured})
+        digests = {"heads_sha256": config["sha256"], "measured": {"sha256": sha256_of(folder / _MEASURED)}}
+        write_json(folder / _CALIBRATION, calibration.to_dict() | digests)
     write_text(folder / _CARD, _card(config, calibration))
     write_json(folder / _CONFIG, config)
 
