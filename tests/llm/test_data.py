@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from offramp import EarlyExitModel, InputError, ModelError, StorageError
-from offramp.llm.data import CorpusPlan, batches, corpus_bytes, prepare_corpus
+from offramp.llm.data import FIT_ROWS, CorpusPlan, batches, corpus_bytes, prepare_corpus
 from offramp.llm.generating import continue_prompts
 from offramp.llm.prompts import prompts as prompts_of
 from offramp.llm.prompts import topics
@@ -149,7 +149,7 @@ def test_a_batch_holds_what_the_model_said_and_held(trunk, starts, tmp_path):
     logits = trunk.logits(batch.final)
     torch.testing.assert_close(batch.log_normalizer, logits.logsumexp(dim=-1))
     assert torch.equal(batch.top[:, 0].long(), logits.argmax(dim=-1))
-    assert int(corpus.top_counts(89).sum()) == 8 * corpus.rows
+    assert int(corpus.top_counts(89, torch.arange(len(corpus))).sum()) == 8 * corpus.rows
     place = 0
     for row, number in enumerate(picked.tolist()):
         sequence = corpus.sequence(number)
@@ -190,6 +190,40 @@ def test_a_topic_held_back_is_held_back_with_all_prompts_about_it(trunk, starts,
     train, watched = map(about, corpus.split())
     assert train == set(range(30)) - {0, 25}
     assert watched == {0, 25}
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_texts_that_are_equal_are_on_one_side_of_the_split(trunk, starts, tmp_path, own):
+    texts = [starts[place % 40] for place in range(120)]
+    text = {"sequences": as_sequences(texts, None, max_positions=160)} if own else {"prompts": texts}
+    corpus = prepare_corpus(trunk, CorpusPlan((2,), 900, 6, 9), tmp_path, **text)
+    sides = [
+        {
+            tuple(item.tokens[: None if own else item.prompt_length].tolist())
+            for item in map(corpus.sequence, side)
+        }
+        for side in (numbers.tolist() for numbers in corpus.split())
+    ]
+    assert len(sides[0]) + len(sides[1]) == 40
+    assert sides[1]
+
+
+def test_what_is_counted_and_fitted_is_of_the_sequences_asked_for(trunk, starts, tmp_path, monkeypatch):
+    corpus = prepare_corpus(trunk, PLAN, tmp_path, prompts=starts)
+    numbers = torch.tensor([3, 100, 101, len(corpus) - 1])
+    batch = corpus.batch(numbers, (2,))
+    counts = torch.bincount(batch.top.flatten(), minlength=89)
+    assert torch.equal(corpus.top_counts(89, numbers), counts)
+    assert torch.equal(corpus.fit_rows(trunk, 2, numbers), batch.hidden[2][batch.picked])
+    assert torch.equal(corpus.fit_rows(trunk, 6, numbers), batch.final)
+    # The first shards have the states that maps are fitted to; that some rows are left out asks for no other shard's.
+    first = len(corpus.shards[0])
+    monkeypatch.setattr("offramp.llm.data.FIT_ROWS", corpus.shards[0].rows)
+    assert len(corpus.fit_rows(trunk, 3, torch.arange(5, len(corpus)))) < corpus.shards[0].rows < FIT_ROWS
+    assert [3 in shard.hidden for shard in corpus.shards[:2]] == [True, False]
+    # Unless they have nothing.
+    later = torch.arange(first, len(corpus))
+    assert len(corpus.fit_rows(trunk, 3, later)) == min(corpus.shards[0].rows, corpus.shards[1].rows)
 
 
 class Lengths:
@@ -256,8 +290,8 @@ def test_other_layers_and_fewer_or_more_tokens_use_what_is_there(trunk, starts, 
         prepare_corpus(trunk, CorpusPlan((4, 3), 1500, 12, 9), tmp_path / "other", prompts=starts).rows
         == added.rows
     )
-    for head, target in ((2, 6), (4, 5)):
-        assert len(fewer.fit_rows(trunk, head)) == len(fewer.fit_rows(trunk, target)) == fewer.rows
+    for layer in (2, 6, 4, 5):
+        assert len(fewer.fit_rows(trunk, layer, torch.arange(len(fewer)))) == fewer.rows
     monkeypatch.undo()
     more = prepare_corpus(trunk, CorpusPlan((2, 4), 2500, 12, 9), tmp_path / "other", prompts=starts)
     assert more.rows >= 2500
@@ -295,6 +329,44 @@ def test_an_interrupted_corpus_is_completed_to_the_same_bytes(trunk, starts, tmp
     assert 0 < len(shards(tmp_path / "cut")) < len(shards(tmp_path / "whole"))
     prepare_corpus(trunk, PLAN, tmp_path / "cut", prompts=starts)
     assert shards(tmp_path / "cut") == shards(tmp_path / "whole")
+
+
+def test_long_prompts_are_continued_fewer_at_a_time(trunk, starts, tmp_path, monkeypatch):
+    sizes = []
+    prompts = [start.repeat(1 + 5 * (place % 50 == 49)) for place, start in enumerate(starts)]
+
+    def recording(trunk, rows, **settings):
+        sizes.append((len(rows), max(map(len, rows))))
+        return continue_prompts(trunk, rows, **settings)
+
+    monkeypatch.setattr("offramp.llm.data.continue_prompts", recording)
+    monkeypatch.setattr("offramp.llm.data._BATCH_TOKENS", 40 * (7 + 12))
+    prepare_corpus(trunk, PLAN, tmp_path / "whole", prompts=prompts)
+    whole = sizes.copy()
+    assert whole[0] == (40, 7)
+    assert max(longest for _, longest in whole) > 20
+    assert all(rows * (longest + 12) <= 40 * (7 + 12) for rows, longest in whole)
+
+    def interrupt(_stage, done, _total):
+        if done > 900:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare_corpus(trunk, PLAN, tmp_path / "cut", prompts=prompts, progress=interrupt)
+    prepare_corpus(trunk, PLAN, tmp_path / "cut", prompts=prompts)
+    assert sizes == [*whole, *whole]
+    assert shards(tmp_path / "cut") == shards(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("length", "rows"), [(400, 96), (4000, 12), (60_000, 1)])
+def test_a_batch_is_of_some_fifty_thousand_tokens_at_most(trunk, tmp_path, monkeypatch, length, rows):
+    def asked(_trunk, prompts, **_):
+        assert len(prompts) == rows
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("offramp.llm.data.continue_prompts", asked)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_corpus(trunk, CorpusPlan((2,), 100_000), tmp_path, prompts=[torch.full((length,), 7)])
 
 
 def test_an_interrupted_reading_of_own_text_is_completed(trunk, texts, tmp_path):

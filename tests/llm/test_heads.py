@@ -15,6 +15,7 @@ from offramp.llm.heads import make_head
 from offramp.llm.sequences import TokenSequence
 from offramp.llm.storage import load_exits
 from offramp.llm.trunk import Trunk
+from test_families import FAMILIES, make
 from tiny import make_model
 from torch import nn
 
@@ -235,7 +236,7 @@ def test_half_precision_heads_decode(model, texts):
     ee = EarlyExitModel(half, None, layers=(3,), head=HeadConfig("adapter", shortlist=60))
     ee.train_heads(sequences=texts[:20], epochs=1, batch_size=64)
     ee.calibrate(0.5, sequences=texts[:20])
-    ids = texts[0][None, :9]
+    ids = torch.stack(texts[:6])[:, :9]
     for mode in ("exit", "verify"):
         ee.generate(ids, max_new_tokens=12, thresholds=[-1.0], mode=mode)
         assert ee.last_stats.tokens_by_exit[3] > 0
@@ -294,6 +295,19 @@ def test_a_kind_of_the_users_own_does_everything_the_shipped_ones_do(model, text
     ee.save_pretrained(tmp_path / "mine")
     again = EarlyExitModel.from_pretrained(tmp_path / "mine", model=model)
     assert np.array_equal(again.score(texts[:8]).scores, scores.scores)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_norm_from_scratch_does_nothing_but_normalise(family):
+    trunk = Trunk(make(family))
+    for parameter in trunk.norm.parameters():
+        parameter.uniform_(0.3, 3)
+    head = make_head(trunk, HeadConfig("linear", shortlist=None, init="scratch"), None)
+    hidden = torch.randn(5, trunk.hidden_size, generator=torch.Generator().manual_seed(0))
+    hidden -= hidden.mean(dim=-1, keepdim=True)
+    hidden /= hidden.square().mean(dim=-1, keepdim=True).sqrt()
+    torch.testing.assert_close(head.features(hidden), hidden, rtol=1e-3, atol=1e-4)
+    assert all(parameter.requires_grad for parameter in head.parameters())
 
 
 def test_kinds_that_are_none_are_refused(model):

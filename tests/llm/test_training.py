@@ -14,12 +14,13 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 import resumable
 import torch
-from offramp import EarlyExitModel, HeadConfig, InputError, StorageError, register_head
+from offramp import EarlyExitModel, ExitHead, HeadConfig, InputError, StorageError, register_head
 from offramp.llm.data import CorpusPlan, prepare_corpus
 from offramp.llm.generating import continue_prompts
 from offramp.llm.heads import AdapterHead, MLPHead, choose_shortlist, fit_linear, make_head
@@ -39,6 +40,7 @@ from offramp.llm.training import (
 from offramp.llm.trunk import Trunk
 from safetensors import safe_open
 from safetensors.torch import save_file
+from test_placement import quantised
 from tiny import byte_tokenizer, make_model
 
 
@@ -341,6 +343,81 @@ def test_other_exits_in_the_same_cache_are_trained_as_in_one_of_their_own(model,
     assert train((2,), "shared", other)[2]
 
 
+@pytest.mark.parametrize("kind", ["mlp", "adapter"])
+def test_heads_are_made_without_what_is_held_back(model, texts, tmp_path, kind):
+    trainer = trainer_of(model, texts, tmp_path)
+    trunk, corpus = trainer.trunk, trainer.corpus
+
+    def made_with_other(numbers):
+        for shard, place in map(corpus._locate, numbers.tolist()):
+            text = shard.predictions(place)
+            text["top"].fill_(88)
+            for states in (text["final"], *(shard.states(layer, place) for layer in shard.hidden)):
+                states.copy_(states.flip(-1) * 2)
+        return build_heads(trunk, corpus, {2: HeadConfig(kind, shortlist=10)}, 0).state_dict()
+
+    first = made_with_other(torch.tensor([], dtype=torch.int64))
+    second, third = made_with_other(trainer.watched), made_with_other(trainer.train)
+    assert len(trainer.watched) > 0
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    fitted = "2.transform.linear.weight" if kind == "mlp" else "2.linear.weight"
+    assert not any(torch.equal(first[name], third[name]) for name in (fitted, "2.shortlist"))
+
+
+KIND = """
+from offramp import ExitHead
+from torch import nn
+
+
+class Changing(ExitHead):
+    def __init__(self, trunk, config, shortlist, rows=None):
+        super().__init__(trunk, config, shortlist, rows)
+        self.map = nn.Linear(trunk.hidden_size, trunk.hidden_size)
+
+    def features(self, hidden, factor=1.0):
+        return factor * self.map(hidden)
+"""
+
+
+@pytest.mark.parametrize(
+    ("place", "old", "new"),
+    [
+        ("file", "self.map(hidden)", "self.map(2 * hidden)"),
+        ("file", "factor=1.0", "factor=2.0"),
+        # As in a notebook, which has no source of a class.
+        ("nowhere", "self.map(hidden)", "self.map(2 * hidden)"),
+        ("nowhere", "factor * self", "2.0 * self"),
+    ],
+)
+def test_a_kind_whose_code_was_changed_is_trained_anew(model, texts, tmp_path, monkeypatch, place, old, new):
+    module = ModuleType("kinds_of_mine")
+    module.__file__ = str(tmp_path / "kinds.py")
+    if place == "file":
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+
+    def steps_with(code):
+        Path(module.__file__).write_text(code)
+        exec(code, module.__dict__)
+        register_head(f"changing {place}")(module.Changing)
+        steps = []
+        trainer = trainer_of(model, texts[:20], tmp_path, head=HeadConfig(f"changing {place}", shortlist=50))
+        trainer.run(lambda _stage, done, _total: steps.append(done))
+        return steps
+
+    assert steps_with(KIND)
+    assert not steps_with(KIND)
+    assert steps_with(KIND.replace(old, new))
+    assert not steps_with(KIND)
+
+
+def test_what_another_version_trained_is_trained_anew(model, texts, tmp_path, monkeypatch):
+    trainer_of(model, texts, tmp_path).run()
+    monkeypatch.setattr("offramp.llm.training._FORMAT", 1000)
+    steps = []
+    trainer_of(model, texts, tmp_path).run(lambda _stage, done, _total: steps.append(done))
+    assert steps
+
+
 @pytest.mark.parametrize("where", [0.02, 0.3, 0.9, 1.0])
 def test_a_damaged_state_is_named_and_not_gone_on_from(model, texts, tmp_path, where):
     trainer_of(model, texts, tmp_path).run()
@@ -381,7 +458,11 @@ def test_how_far_a_state_has_come_is_in_its_checksum(model, texts, tmp_path):
         ({"epochs": 0}, "epochs is 0"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"learning_rate": 0.0}, "learning_rate is 0"),
+        ({"learning_rate": math.inf}, "learning_rate is inf"),
+        ({"learning_rate": "fast"}, "learning_rate is 'fast'"),
+        ({"learning_rate": True}, "learning_rate is True"),
         ({"entropy_weight": 1.0}, "entropy_weight is 1"),
+        ({"entropy_weight": None}, "entropy_weight is None"),
         ({"precision": "int8"}, "precision is 'int8'"),
         ({"patience": 0}, "patience is 0"),
         ({"prompts": []}, "prompts need a tokenizer"),
@@ -397,6 +478,90 @@ def test_how_far_a_state_has_come_is_in_its_checksum(model, texts, tmp_path):
 def test_bad_settings_get_a_sentence(model, settings, words):
     with pytest.raises(InputError, match=words):
         EarlyExitModel(model, layers=(2,)).train_heads(**settings)
+
+
+@register_head("own and perhaps broken")
+class Broken(ExitHead):
+    """A kind of a user's own with the fault its options name."""
+
+    def __init__(self, trunk, config, shortlist, rows=None):
+        super().__init__(trunk, config, shortlist, rows)
+        self.fault = config.options["fault"]
+        if self.fault == "constructor":
+            raise KeyError("width")
+        if self.fault != "nothing to train":
+            self.map = torch.nn.Linear(trunk.hidden_size, trunk.hidden_size - (self.fault == "shape"))
+
+    def features(self, hidden):
+        if self.fault == "features":
+            return super().features(hidden)
+        return hidden if self.fault == "nothing to train" else self.map(hidden)
+
+    def peak_rate(self, skipped):
+        if self.fault == "rate's code":
+            return 1 / 0
+        return None if self.fault == "rate" else 1e-3
+
+
+@pytest.mark.parametrize(
+    ("head", "words"),
+    [
+        (HeadConfig("adapter", depth=6), "^depth is 6: this model has 6 layers"),
+        ("constructor", "^head kind 'own and perhaps broken' does not work, mend it: KeyError: 'width'$"),
+        (
+            "features",
+            "^head kind 'own and perhaps broken' does not work, mend it: .*Broken defines no features$",
+        ),
+        ("shape", r"^head kind 'own and perhaps broken' gives features of shape \(1, 31\) .* be \(1, 32\)$"),
+        (
+            "rate",
+            "^peak_rate of head kind 'own and perhaps broken' gives None: let it return a positive number$",
+        ),
+        ("rate's code", "^head kind 'own and perhaps broken' does not work, mend it: ZeroDivisionError: "),
+        ("nothing to train", "^head: there is nothing to train in own and perhaps broken; give a kind with "),
+    ],
+    ids=str,
+)
+def test_heads_that_cannot_be_trained_are_refused_before_text_is_written(
+    model, texts, tmp_path, monkeypatch, head, words
+):
+    monkeypatch.setattr("offramp.llm.model.prepare_corpus", lambda *_, **__: pytest.fail("text is written"))
+    if isinstance(head, str):
+        head = HeadConfig("own and perhaps broken", shortlist=30, options={"fault": head})
+    # Beside heads that are as they should be.
+    sound = head if "nothing to train" in words else HeadConfig("mlp")
+    drawn = torch.get_rng_state()
+    with pytest.raises(InputError, match=words):
+        EarlyExitModel(model, layers=(1, 2, 3), head={1: sound, 2: head, 3: head}).train_heads(
+            sequences=texts, cache=tmp_path / "cache"
+        )
+    assert not (tmp_path / "cache").exists()
+    assert torch.equal(torch.get_rng_state(), drawn)
+
+
+def test_layers_that_are_quantised_are_refused_before_text_is_written(texts, tmp_path, monkeypatch):
+    monkeypatch.setattr("offramp.llm.model.prepare_corpus", lambda *_, **__: pytest.fail("text is written"))
+    make_model().save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="quantised and cannot be trained"):
+        EarlyExitModel(quantised(tmp_path), layers=(1,), head="adapter").train_heads(sequences=texts)
+
+
+def test_a_head_without_parameters_may_stand_beside_one_that_is_trained(model, texts):
+    bare = HeadConfig("own and perhaps broken", shortlist=30, options={"fault": "nothing to train"})
+    ee = EarlyExitModel(model, layers=(2, 4), head={2: bare, 4: "mlp"})
+    assert len(ee.train_heads(sequences=texts[:10], epochs=1)) >= 2
+
+
+def test_too_little_text_to_fit_a_head_to_gets_a_sentence(model):
+    with pytest.raises(InputError, match=r"^tokens: there is too little text to fit a head to, 1 states"):
+        EarlyExitModel(model, layers=(2,)).train_heads(sequences=[[3, 4]])
+
+
+def test_a_rate_may_be_numpys(model, texts, tmp_path):
+    rate = np.float32(1e-3)
+    numpys, own = (trainer_of(model, texts, tmp_path, learning_rate=given) for given in (rate, float(rate)))
+    assert numpys.checkpoint == own.checkpoint
+    assert TrainingConfig(entropy_weight=np.float32(0.5)) == TrainingConfig(entropy_weight=0.5)
 
 
 @pytest.mark.parametrize(
@@ -766,6 +931,28 @@ def test_every_head_keeps_its_best_and_training_ends_when_none_gains(model, text
             assert torch.equal(parameter, kept[2 if name.startswith("2.") else 1][name])
 
 
+@pytest.mark.parametrize("patience", [1, 2])
+def test_patience_ends_so_many_epochs_after_a_best_at_an_epochs_end(
+    model, texts, tmp_path, monkeypatch, patience
+):
+    trainer = trainer_of(model, texts, tmp_path)
+    trainer.config = replace(trainer.config, patience=patience)
+    trainer.steps = [len(trainer._batches(epoch)) for epoch in range(6)]
+    trainer.total_steps = sum(trainer.steps)
+    best = trainer.steps[0]
+
+    def watch():
+        share = trainer.step / best if trainer.step <= best else 0.5
+        return [
+            HeadMetrics(at, trainer.step, trainer.tokens, 1.0, share, 1.0, (0, 0, 0)) for at in trainer.layers
+        ]
+
+    monkeypatch.setattr(trainer, "watch", watch)
+    history = trainer.run()
+    assert {item.step for item in best_of(history)} == {best}
+    assert trainer.step == sum(trainer.steps[: 1 + patience])
+
+
 def test_metrics_are_written_for_tensorboard(model, texts, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -792,6 +979,8 @@ def test_metrics_are_written_for_tensorboard(model, texts, tmp_path):
 
 def test_coverage_is_that_of_the_calibrated_thresholds(model, texts, tmp_path):
     trainer = trainer_of(model, texts, tmp_path)
+    # So many that a threshold does not move far by the rounding of what is stored.
+    trainer.watched = trainer.train
     items = trainer.watch()
     sequences = [trainer.corpus.sequence(int(number)) for number in trainer.watched]
     ee = EarlyExitModel(model, layers=(2, 4), head=HeadConfig("mlp", shortlist=50))

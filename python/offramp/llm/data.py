@@ -33,6 +33,9 @@ FIT_ROWS = 20_000
 
 _FORMAT = 5
 _BATCH = 96
+# Tokens of a batch that is continued, were all its prompts as long as the longest: keys, values and states of so many
+# are held.  Prompts of up to some 400 tokens still go 96 at a time.
+_BATCH_TOKENS = _BATCH * 512
 _LOGITS_CHUNK = 256
 # Every prompt is continued greedily first, which is what calibration and serving see; warmer continuations are more
 # text of the same prompts, new ones however often their turn comes.
@@ -147,11 +150,11 @@ class Corpus:
         shard, place = self._locate(number)
         return shard.sequence(place)
 
-    def top_counts(self, vocab_size: int) -> torch.Tensor:
-        """How often each token (V,) is among the model's first eight choices."""
+    def top_counts(self, vocab_size: int, numbers: torch.Tensor) -> torch.Tensor:
+        """How often each token (V,) is among the model's first eight choices, in sequences ``numbers``."""
         counts = torch.zeros(vocab_size, dtype=torch.int64)
-        for shard in self.shards:
-            counts += torch.bincount(shard.text["top"].reshape(-1).long(), minlength=vocab_size)
+        for shard, rows in zip(self.shards, self._rows_of(numbers), strict=True):
+            counts += torch.bincount(shard.text["top"][rows].reshape(-1).long(), minlength=vocab_size)
         return counts
 
     def split(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -189,18 +192,22 @@ class Corpus:
             top=torch.cat([part["top"] for part in text]),
         )
 
-    def fit_rows(self, trunk: Trunk, layer: int) -> torch.Tensor:
-        """States (n, H) after a layer, possibly the last, where tokens are predicted, for the first 20 000 of them."""
-        kept, rows = [], 0
-        for index, shard in enumerate(self.shards):
-            if rows >= FIT_ROWS:
+    def fit_rows(self, trunk: Trunk, layer: int, numbers: torch.Tensor) -> torch.Tensor:
+        """States (n, H) after a layer, possibly the last, where tokens of sequences ``numbers`` are predicted.
+
+        The first 20 000 of them at most.
+        """
+        kept: list[torch.Tensor] = []
+        rows = 0
+        for index, (shard, chosen) in enumerate(zip(self.shards, self._rows_of(numbers), strict=True)):
+            # Others count too: no more shards than these have the states of layers that are no exits.
+            if rows >= FIT_ROWS and any(map(len, kept)):
                 break
             if layer != trunk.num_layers and layer not in shard.hidden:
                 shard = self.shards[index] = shard.with_layers(trunk, [layer])  # noqa: PLW2901  # the same, completed
             rows += shard.rows
-            kept.append(
-                shard.text["final"] if layer == trunk.num_layers else shard.hidden[layer][shard.predicting]
-            )
+            last = layer == trunk.num_layers
+            kept.append((shard.text["final"] if last else shard.hidden[layer][shard.predicting])[chosen])
         return torch.cat(kept)[:FIT_ROWS]
 
     def open(self, tokens: int) -> None:
@@ -237,6 +244,13 @@ class Corpus:
                 self.shards[index] = shard.with_layers(trunk, missing)
                 if progress is not None:
                     progress("reading", index + 1, len(self.shards))
+
+    def _rows_of(self, numbers: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Tell of every shard's generated tokens (n,) which are of the sequences ``numbers``."""
+        chosen = torch.zeros(len(self), dtype=torch.bool)
+        chosen[numbers] = True
+        rows = chosen.repeat_interleave(self.generated)
+        return torch.split(rows, [shard.rows for shard in self.shards])
 
     def _locate(self, number: int) -> tuple[_Shard, int]:
         for shard in self.shards:
@@ -330,7 +344,7 @@ def prepare_corpus(
         Token ids of starting prompts, continued by the model itself, in this order.
     topics
         Number of what each prompt is about, so that what is held back is about something else than what is trained
-        on; default: each about something of its own.
+        on; default: each about something of its own, but for equal ones.
     sequences
         The user's own text instead: nothing is generated, and of more than ``plan.tokens`` tokens only so many
         sequences are drawn as reach them.
@@ -348,7 +362,7 @@ def prepare_corpus(
     needed = corpus_bytes(trunk, plan, prompts=prompts, sequences=sequences)
     _check_room(corpus, {*plan.layers, *_fitted(trunk)}, needed)
     if prompts is not None:
-        about = range(len(prompts)) if topics is None else topics
+        about = _first_places(prompts) if topics is None else topics
         _generate(corpus, trunk, plan, prompts, about, end_tokens, progress)
     else:
         _read_own(corpus, trunk, plan, sequences or (), progress)
@@ -391,8 +405,7 @@ def _generate(
     while corpus.rows < plan.tokens:
         # Seeded by shard, so that a resumed run makes the shards an uninterrupted one would have made.
         generator = torch.Generator().manual_seed(plan.seed * 1_000_003 + len(corpus.shards))
-        rows = min(_BATCH, -(-(plan.tokens - corpus.rows) // plan.max_new_tokens))
-        turns = [divmod(number, len(prompts)) for number in range(len(corpus), len(corpus) + rows)]
+        turns = _turns(corpus, plan, prompts)
         fitted = _fitted(trunk) if corpus.rows < FIT_ROWS else ()
         written = continue_prompts(
             trunk,
@@ -414,6 +427,20 @@ def _generate(
             progress("generating", min(corpus.rows, plan.tokens), plan.tokens)
 
 
+def _turns(corpus: Corpus, plan: CorpusPlan, prompts: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
+    """Choose what is continued next: the turn and place of each prompt, as many as there is memory set aside for."""
+    rows = min(_BATCH, -(-(plan.tokens - corpus.rows) // plan.max_new_tokens))
+    turns: list[tuple[int, int]] = []
+    longest = 0
+    for number in range(len(corpus), len(corpus) + rows):
+        turn, place = divmod(number, len(prompts))
+        longest = max(longest, len(prompts[place]))
+        if turns and (len(turns) + 1) * (longest + plan.max_new_tokens) > _BATCH_TOKENS:
+            break
+        turns.append((turn, place))
+    return turns
+
+
 def _read_own(
     corpus: Corpus,
     trunk: Trunk,
@@ -423,6 +450,7 @@ def _read_own(
 ) -> None:
     # In random order, so that where the tokens wanted cut it off no kind of text is favoured.
     order = torch.randperm(len(sequences), generator=torch.Generator().manual_seed(plan.seed)).tolist()
+    about = _first_places([item.tokens for item in sequences])
     wanted = min(plan.tokens, sum(item.generated for item in sequences))
     while corpus.rows < wanted:
         picked, rows = [], corpus.rows
@@ -432,13 +460,14 @@ def _read_own(
                 rows += sequences[number].generated
         chosen = [sequences[number] for number in picked]
         fitted = _fitted(trunk) if corpus.rows < FIT_ROWS else ()
-        corpus.add(*_taken(trunk, chosen, picked, sorted({*plan.layers, *fitted})))
+        topics = [about[number] for number in picked]
+        corpus.add(*_taken(trunk, chosen, topics, sorted({*plan.layers, *fitted})))
         if progress is not None:
             progress("reading", min(corpus.rows, wanted), wanted)
 
 
 def _taken(
-    trunk: Trunk, sequences: list[TokenSequence], numbers: list[int], layers: Sequence[int]
+    trunk: Trunk, sequences: list[TokenSequence], topics: list[int], layers: Sequence[int]
 ) -> tuple[dict[str, torch.Tensor], dict[int, torch.Tensor]]:
     """Text and states of a shard of given sequences."""
     hidden: list[dict[int, torch.Tensor]] = [{} for _ in sequences]
@@ -454,7 +483,7 @@ def _taken(
         normalizers.append(logits.logsumexp(dim=-1).cpu())
         tops.append(logits.topk(min(TOP, logits.shape[-1]), dim=-1).indices.int().cpu())
     text = {
-        **_text(sequences, numbers),
+        **_text(sequences, topics),
         "final": torch.cat(final),
         "log_normalizer": torch.cat(normalizers),
         "top": torch.cat(tops),
@@ -469,6 +498,12 @@ def _text(sequences: Sequence[TokenSequence], topics: Sequence[int]) -> dict[str
         "prompt_lengths": torch.tensor([item.prompt_length for item in sequences], dtype=torch.int32),
         "topics": torch.tensor(topics, dtype=torch.int32),
     }
+
+
+def _first_places(texts: Sequence[torch.Tensor]) -> list[int]:
+    """Give texts the place of the first that is equal: what is held back must not be trained on elsewhere."""
+    first: dict[bytes, int] = {}
+    return [first.setdefault(text.numpy().tobytes(), place) for place, text in enumerate(texts)]
 
 
 def _stored(hidden: torch.Tensor) -> torch.Tensor:

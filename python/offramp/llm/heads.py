@@ -321,8 +321,7 @@ class LinearHead(ExitHead):
         if config.init == "scratch":
             weight = torch.randn_like(weight) * weight.std()
             bias = None if bias is None else torch.zeros_like(bias)
-            for parameter in self.norm.parameters():
-                nn.init.ones_(parameter)
+            _only_normalise(self.norm, trunk)
         self.set_rows(weight, bias)
 
     def features(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -484,17 +483,47 @@ class RidgeMLP(nn.Module):
 
 
 @torch.no_grad()
+def _only_normalise(norm: nn.Module, trunk: Trunk) -> None:
+    """Set a norm's parameters so that it leaves what has zero mean and unit mean square as it is."""
+    weights = []
+    for name, parameter in norm.named_parameters():
+        if name.split(".")[-1] == "bias":
+            parameter.zero_()
+        else:
+            weights.append(parameter)
+    unit = torch.linspace(-1, 1, trunk.hidden_size, device=trunk.device)
+    unit /= unit.square().mean().sqrt()
+
+    def change(value: float) -> float:
+        for weight in weights:
+            weight.fill_(value)
+        return float((norm(unit[None]) - unit).square().mean())
+
+    # Some families multiply by one more than the weight.
+    change(min((0.0, 1.0), key=change))
+
+
+@torch.no_grad()
 def fit_linear(
     linear: nn.Linear, inputs: torch.Tensor, targets: torch.Tensor, *, strength: float = 1e-3
 ) -> None:
     """Set a linear map to the ridge regression of ``targets`` (n, H) on ``inputs`` (n, H), in float64.
 
     ``strength`` is the ridge penalty relative to the mean squared input.
+
+    Raises
+    ------
+    InputError
+        If all inputs are the same, as of a single token.
     """
     x, y = inputs.double(), targets.double()
     x_mean, y_mean = x.mean(0), y.mean(0)
     x, y = x - x_mean, y - y_mean
     gram = x.T @ x
+    if not gram.any():
+        raise InputError(
+            f"tokens: there is too little text to fit a head to, {len(inputs)} states that are all the same; give more"
+        )
     gram.diagonal().add_(strength * gram.diagonal().mean())
     solution = torch.linalg.solve(gram, x.T @ y)
     linear.weight.copy_(solution.T)

@@ -6,13 +6,15 @@ For `model`; needs `heads` and `data`.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import CodeType
 from typing import Any, Literal
 
 import numpy as np
@@ -24,10 +26,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from offramp.calibration import fast_calibrate
 from offramp.decision import top2_margin
-from offramp.errors import InputError, StorageError
+from offramp.errors import InputError, OfframpError, StorageError
 from offramp.llm.data import Batch, Corpus, batches
 from offramp.llm.files import written_whole
-from offramp.llm.heads import ExitHead, ExitHeads, HeadConfig, choose_shortlist, make_heads, output_rows
+from offramp.llm.heads import (
+    ExitHead,
+    ExitHeads,
+    HeadConfig,
+    choose_shortlist,
+    make_head,
+    make_heads,
+    output_rows,
+)
 from offramp.llm.metrics import MetricsLog
 from offramp.llm.processes import Processes
 from offramp.llm.products import BFLOAT16_PRODUCTS, linear
@@ -37,6 +47,9 @@ from offramp.llm.trunk import Trunk
 COVERAGE_EPS = (0.8, 0.9, 0.95)
 """Target accuracies at which coverage is watched."""
 
+# To be raised when the same corpus, heads and settings come to be trained to something else, by a shipped kind's code,
+# the loss or the order of things: a training kept in a cache is not taken for one of another format.
+_FORMAT = 1
 _WATCHED_ROWS = 4096
 _WATCHES_PER_EPOCH = 4
 # Floats of one logits matrix held at a time: 2^23 is 32 MiB.
@@ -92,9 +105,15 @@ class TrainingConfig:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise InputError(f"{name} is {value!r}: give a whole number of at least 1")
-        if self.learning_rate is not None and not self.learning_rate > 0:
-            raise InputError(f"learning_rate is {self.learning_rate!r}: give a positive number")
-        if not 0 <= self.entropy_weight < 1:
+        for name in ("learning_rate", "entropy_weight"):
+            value = getattr(self, name)
+            if isinstance(value, int | float | np.floating) and not isinstance(value, bool):
+                # JSON, which the state's name is made from, knows none of numpy's.
+                object.__setattr__(self, name, float(value))
+        rate, weight = self.learning_rate, self.entropy_weight
+        if rate is not None and not (isinstance(rate, float) and 0 < rate < math.inf):
+            raise InputError(f"learning_rate is {rate!r}: give a positive number, or None")
+        if not (isinstance(weight, float) and 0 <= weight < 1):
             raise InputError(
                 f"entropy_weight is {self.entropy_weight!r}: give λ from 0 up to, not including, 1"
             )
@@ -238,21 +257,34 @@ class Teacher:
 
 
 def build_heads(trunk: Trunk, corpus: Corpus, configs: Mapping[int, HeadConfig], seed: int) -> ExitHeads:
-    """Make untrained heads, by the layer they follow: shortlists from the corpus, first maps by ridge regression."""
-    counts = corpus.top_counts(trunk.vocab_size)
+    """Make untrained heads, by the layer they follow: shortlists from the corpus, first maps by ridge regression.
+
+    What is held back to watch them plays no part.
+    """
+    train, _ = corpus.split()
+    counts = corpus.top_counts(trunk.vocab_size, train)
     sizes = {config.shortlist for config in configs.values()}
     shortlists = {size: choose_shortlist(counts, size) for size in sizes}
-    with torch.random.fork_rng(devices=[trunk.device] if trunk.device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    with _seeded(trunk, seed):
         heads = make_heads(
             trunk, configs, {at: shortlists[config.shortlist] for at, config in configs.items()}
         )
     for layer in heads.layers:
         head = heads.after(layer)
         if head.fits is not None:
-            inputs, targets = (corpus.fit_rows(trunk, at).to(trunk.device) for at in (layer, head.fits))
+            inputs, targets = (
+                corpus.fit_rows(trunk, at, train).to(trunk.device) for at in (layer, head.fits)
+            )
             head.fit(inputs, targets)
     return heads.eval()
+
+
+@contextmanager
+def _seeded(trunk: Trunk, seed: int) -> Iterator[None]:
+    """Draw from a seed, and leave the user's own random numbers as they were."""
+    with torch.random.fork_rng(devices=[trunk.device] if trunk.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 def _teachers(trunk: Trunk, heads: ExitHeads) -> list[tuple[Teacher, list[int]]]:
@@ -323,8 +355,10 @@ class Trainer:
         self.checkpoint_seconds = checkpoint_seconds
         self.identity = _digest(
             {
+                "format": _FORMAT,
                 "config": asdict(config),
                 "heads": {layer: heads.after(layer).config.to_dict() for layer in self.layers},
+                "code": {layer: _code_of(type(heads.after(layer))) for layer in self.layers},
                 "state": {name: tuple(tensor.shape) for name, tensor in heads.own_state().items()},
                 "peaks": list(self.peaks.values()),
                 "rows": corpus.rows,
@@ -334,6 +368,30 @@ class Trainer:
         self.checkpoint: Path | None = None
         if folder is not None:
             self.checkpoint = folder / f"training-{self.identity[:12]}" / "state.safetensors"
+
+    @staticmethod
+    def try_heads(trunk: Trunk, configs: Mapping[int, HeadConfig], config: TrainingConfig) -> None:
+        """Refuse heads that cannot be built, read with or trained, by layer, before text is written for them.
+
+        Raises
+        ------
+        InputError
+            Naming the kind.
+        """
+        tried: list[tuple[HeadConfig, ExitHead]] = []
+        with _seeded(trunk, config.seed):
+            for layer, wanted in configs.items():
+                known = [head for other, head in tried if other == wanted]
+                with _blamed(wanted.kind):
+                    head = known[0] if known else _try_head(trunk, wanted)
+                    if config.learning_rate is None:
+                        _peak_rate(head, 1 - layer / trunk.num_layers)
+                tried.append((wanted, head))
+        if not any(parameter.requires_grad for _, head in tried for parameter in head.parameters()):
+            raise InputError(
+                f"head: there is nothing to train in {', '.join({wanted.kind: None for wanted, _ in tried})}; give a "
+                "kind with parameters that require gradients"
+            )
 
     def run(self, progress: Progress | None = None, watch: Watch | None = None) -> list[HeadMetrics]:
         """Train to the end, and give every head the parameters it agreed most with.
@@ -354,7 +412,7 @@ class Trainer:
         while self.step < self.total_steps:
             epoch, start = self._place()
             # Asked between epochs only, so that a training gone on with ends where one in one go does.
-            if not start and self._settled():
+            if not start and self._settled(epoch):
                 break
             watches = _watches(self.steps[epoch])
             for number, batch in enumerate(self._batches(epoch)[start:], start + 1):
@@ -443,13 +501,12 @@ class Trainer:
         if watch is not None and self.processes.first:
             watch(metrics)
 
-    def _settled(self) -> bool:
-        """Whether no head has gained for so long that none is expected to."""
+    def _settled(self, epochs: int) -> bool:
+        """Whether after so many epochs no head has gained for so long that none is expected to."""
         patience = self.config.patience
-        if patience is None or not self.history:
+        if patience is None or epochs < patience:
             return False
-        best = max(self.best.steps.values())
-        return self.step - best > patience * max(self.steps)
+        return max(self.best.steps.values()) <= sum(self.steps[: epochs - patience])
 
     def _add_gradients(self, batch: Batch, total: int) -> None:
         """Add a piece's share of the gradient of the mean loss over ``total`` tokens.
@@ -644,12 +701,72 @@ def best_of(history: Sequence[HeadMetrics]) -> list[HeadMetrics]:
 
 def _peak_rate(head: ExitHead, skipped: float) -> float:
     """Ask a head, possibly of a kind of the user's own, what rate suits it."""
-    rate = float(head.peak_rate(skipped))
+    given = head.peak_rate(skipped)
+    try:
+        rate = float(given)
+    except (TypeError, ValueError):
+        rate = math.nan
     if not 0 < rate < math.inf:
         raise InputError(
-            f"peak_rate of head kind {head.config.kind!r} gives {rate}: let it return a positive number"
+            f"peak_rate of head kind {head.config.kind!r} gives {given!r}: let it return a positive number"
         )
     return rate
+
+
+@contextmanager
+def _blamed(kind: str) -> Iterator[None]:
+    """Say which kind of head it is whose code raises."""
+    try:
+        yield
+    except (OfframpError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise InputError(
+            f"head kind {kind!r} does not work, mend it: {type(error).__name__}: {error}"
+        ) from error
+
+
+@torch.no_grad()
+def _try_head(trunk: Trunk, config: HeadConfig) -> ExitHead:
+    """Make a head over tokens that are as good as any, and let it read one of two."""
+    shortlist = choose_shortlist(torch.zeros(trunk.vocab_size), config.shortlist)
+    head = make_head(trunk, config, shortlist).eval()
+    hidden = torch.ones(1, 2, trunk.hidden_size, device=trunk.device)
+    row = torch.zeros(1, dtype=torch.int64, device=trunk.device)
+    features = head.read(hidden, (row, row + 1))
+    if features.shape != (1, head.weight.shape[1]):
+        raise InputError(
+            f"head kind {config.kind!r} gives features of shape {tuple(features.shape)} for one token: let them be "
+            f"{(1, head.weight.shape[1])}"
+        )
+    return head
+
+
+def _code_of(kind: type[ExitHead]) -> list[str]:
+    """Code of a kind of the user's own, class by class; of ours `_FORMAT` tells."""
+    found: list[str] = []
+    for part in kind.__mro__:
+        if f"{part.__module__}.".startswith(("offramp.", "torch.", "builtins.")):
+            continue
+        # A notebook has no source of a class, and a file may have been edited since it was read.
+        with suppress(OSError, TypeError, SyntaxError):
+            found.append(inspect.getsource(part))
+        for name, item in vars(part).items():
+            code = getattr(inspect.unwrap(item), "__code__", None)
+            if code is not None:
+                found.append(f"{name}: {_compiled(code)}")
+            elif isinstance(item, str | int | float) and not name.startswith("__"):
+                found.append(f"{name}: {item!r}")
+    return found
+
+
+def _compiled(code: CodeType) -> str:
+    """Write down what a function does, the same in every process and wherever it stands."""
+    constants = []
+    for item in code.co_consts:
+        plain = sorted(map(repr, item)) if isinstance(item, frozenset) else repr(item)
+        constants.append(_compiled(item) if isinstance(item, CodeType) else plain)
+    return f"{code.co_code.hex()} {code.co_names} {constants}"
 
 
 def _groups(heads: ExitHeads, peaks: Mapping[int, float]) -> list[dict[str, Any]]:
