@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from offramp import EarlyExitModel, HeadConfig, InputError, ModelError, OutOfMemoryError
@@ -196,6 +198,48 @@ def test_a_vocabulary_resized_after_attaching_is_noticed(texts, prompts):
     model.resize_token_embeddings(120)
     with pytest.raises(ModelError, match="output layer was replaced"):
         ee.generate(prompts[0], mode="off", max_new_tokens=4)
+
+
+def double(layer):
+    layer.mlp.down_proj.weight = torch.nn.Parameter(2 * layer.mlp.down_proj.weight, requires_grad=False)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        double,
+        lambda layer: setattr(layer.mlp, "down_proj", torch.nn.Linear(64, 32, bias=True)),
+        lambda layer: layer.self_attn.register_forward_hook(lambda *_: None),
+    ],
+    ids=["weight", "module", "hook"],
+)
+def test_layers_changed_after_attaching_are_noticed(change, prompts):
+    """Some of their parts would be used as they were, some as they are."""
+    model = make_model()
+    ee = EarlyExitModel(model, None, layers=(3,))
+    change(model.model.layers[1])
+    with pytest.raises(ModelError, match="its layers were changed after exits were attached"):
+        ee.generate(prompts[0], mode="off", max_new_tokens=4)
+    again = EarlyExitModel(model, None, layers=(3,)).generate(prompts[0], mode="off", max_new_tokens=4)
+    assert torch.equal(again, model.generate(prompts[0], max_new_tokens=4, do_sample=False))
+
+
+@pytest.mark.parametrize("make", [make_model, make_gpt2])
+def test_a_layer_put_in_after_attaching_is_noticed(make, prompts):
+    model = make()
+    ee = EarlyExitModel(model, None, layers=(3,))
+    stack = model.model.layers if make is make_model else model.transformer.h
+    stack[1] = copy.deepcopy(stack[1])
+    with pytest.raises(ModelError, match="its layers were changed after exits were attached"):
+        ee.generate(prompts[0], mode="off", max_new_tokens=4)
+
+
+def test_values_put_into_the_models_own_weights_count_at_once(prompts):
+    model = make_model()
+    ee = EarlyExitModel(model, None, layers=(3,))
+    model.model.layers[1].mlp.down_proj.weight.data.mul_(2)
+    found = ee.generate(prompts[0], mode="off", max_new_tokens=4)
+    assert torch.equal(found, model.generate(prompts[0], max_new_tokens=4, do_sample=False))
 
 
 def test_heads_for_another_vocabulary_are_refused(exits, tmp_path):

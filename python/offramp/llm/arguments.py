@@ -83,7 +83,7 @@ def check_request(trunk: Trunk, ids: Any, kwargs: Mapping[str, Any]) -> None:
     InputError
         Naming the argument.
     ModelError
-        If the model's output layer is no longer the one the exits were attached to.
+        If the model's layers are no longer those the exits were attached to.
     """
     for name, reason in _REFUSED.items():
         if kwargs.get(name) is not None:
@@ -102,6 +102,11 @@ def check_request(trunk: Trunk, ids: Any, kwargs: Mapping[str, Any]) -> None:
         raise ModelError(
             "model: its output layer was replaced after exits were attached, as resize_token_embeddings does; make "
             "a new EarlyExitModel"
+        )
+    if not trunk.is_intact:
+        raise ModelError(
+            "model: its layers were changed after exits were attached, as adding an adapter, quantising or a hook "
+            "does; make a new EarlyExitModel"
         )
     check_ids(trunk, ids, "input_ids")
     check_length(ids.shape[1] + 1, trunk.max_positions, "input_ids")

@@ -131,6 +131,20 @@ class Calibration:
         """
         return tuple(self.cascade(eps, heads=heads).thresholds.tolist())
 
+    def planned(self, mode: str, eps: float, heads: Sequence[int]) -> tuple[float, ...]:
+        """τ of every head for a plan: in verify mode, where they only tell which drafts are worth a try, uncertified.
+
+        Parameters
+        ----------
+        mode
+            ``"exit"`` or ``"verify"``.
+        eps, heads
+            As for `at`.
+        """
+        if mode == "verify":
+            return tuple(self.cascade(eps, mode="sequential", heads=heads).thresholds.tolist())
+        return self.at(eps, heads)
+
     def cascade(
         self,
         eps: float | None = None,

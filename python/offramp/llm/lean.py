@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from operator import is_
 from typing import Any
 
 import torch
@@ -224,6 +225,7 @@ class Lean:
         self._tables: dict[tuple[str, torch.dtype], Rotary] = {}
         self._partner = torch.empty(0, dtype=torch.int64)
         self.layers = self.form(layers) or []
+        self._parameters = _parameters(layers)
 
     def form(self, layers: Sequence[nn.Module]) -> list[LeanLayer] | None:
         """Take apart layers in the place of the model's last ones; ``None`` where they are more than they seem."""
@@ -236,6 +238,12 @@ class Lean:
             )
             for layer, kind in zip(layers, types, strict=True)
         ]
+
+    def fits(self, layers: Sequence[nn.Module]) -> bool:
+        """Whether layers still are what was taken apart: have the same parameters, and are no more than they seem."""
+        now = _parameters(layers)
+        same = len(now) == len(self._parameters) and all(map(is_, now, self._parameters))
+        return same and not any(map(_unusual, layers))
 
     def run(
         self,
@@ -346,6 +354,10 @@ def _has_fixed_angles(config: Any) -> bool:
     parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     nested = [value for value in parameters.values() if isinstance(value, dict)] or [parameters]
     return all(item.get("rope_type", "default") in _FIXED_ANGLES for item in nested)
+
+
+def _parameters(layers: Sequence[nn.Module]) -> list[nn.Parameter]:
+    return [parameter for layer in layers for parameter in layer.parameters()]
 
 
 def _unusual(layer: nn.Module) -> bool:

@@ -11,12 +11,11 @@ import os
 import tempfile
 import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from statistics import median
 from typing import Any, Literal
 
 import torch
@@ -32,7 +31,7 @@ from offramp.llm.files import held
 from offramp.llm.generating import continue_prompts
 from offramp.llm.heads import ExitHeads, HeadConfig
 from offramp.llm.loading import load_model
-from offramp.llm.planning import Plan, make_plan, measure_costs
+from offramp.llm.planning import Option, Plan, make_plan, measure_costs
 from offramp.llm.processes import Processes
 from offramp.llm.prompts import prompts as shipped_prompts
 from offramp.llm.prompts import topics as shipped_topics
@@ -117,8 +116,8 @@ class EarlyExitModel:
         self._trained: dict[str, Any] = {}
         self._serving: tuple[ExitHeads, ExitHeads] | None = None
         self._warned_dtype = False
-        self._scores: Scores | None = None
         self._plan: Plan | None = None
+        self._plan_at: Callable[[float], Plan] | None = None
 
     @property
     def num_layers(self) -> int:
@@ -190,7 +189,7 @@ class EarlyExitModel:
         Raises
         ------
         InputError
-            For prompts or sequences that cannot be used, or settings out of range.
+            For prompts or sequences that cannot be used, settings out of range, or heads that cannot be trained.
         StorageError
             If ``cache`` is damaged, belongs to something else, or is in use by another process.
         """
@@ -200,6 +199,7 @@ class EarlyExitModel:
         config = TrainingConfig(epochs, batch_size, learning_rate, entropy_weight, seed, precision, patience)
         plan = CorpusPlan(self.layers, tokens, max_new_tokens, seed)
         own, starts = self._text(prompts, sequences, "training")
+        Trainer.try_heads(self._trunk, self.head_configs, config)
         if prompts is not None and starts is not None:
             # Shipped ones are mixed as they come; of others a part would otherwise be the first kinds alone.
             order = torch.randperm(len(starts), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -237,7 +237,7 @@ class EarlyExitModel:
             history = trainer.run(progress, watch)
             rows = corpus.rows
         self.heads = heads.eval().requires_grad_(False)
-        self.calibration = self._scores = self._plan = None
+        self.calibration = self._plan = None
         self._serving = None
         self._trained = {
             "tokens": rows,
@@ -334,9 +334,9 @@ class EarlyExitModel:
             own = self.continue_greedily(
                 starts or [], tokens=tokens, max_new_tokens=max_new_tokens, progress=progress
             )
-        self._scores, self._plan = self.score(own, progress=progress), None
+        self._plan = None
         self.calibration = calibrate_scores(
-            self._scores,
+            self.score(own, progress=progress),
             self.layers,
             self.num_layers,
             eps,
@@ -354,16 +354,18 @@ class EarlyExitModel:
         eps: float | None = None,
         *,
         scores: Scores | None = None,
-        measure: int = 3,
+        prompts: Sequence[str] | Sequence[torch.Tensor] | None = None,
+        measure: int = 5,
         max_new_tokens: int = 48,
         progress: Progress | None = None,
     ) -> Plan:
         """Find which exits pay on this machine, and use only those from now on.
 
-        Times the parts of a decoding step, replays scored text with every set of exits, and takes the fastest for
-        ``mode="exit"`` at ``eps`` and for ``mode="verify"``, where thresholds change nothing but the time.  Exits
-        that do not pay, by the prediction or when they are timed, are switched off until the next calibration.
-        ``generate`` with ``thresholds=`` or another ``eps=`` does not look at the plan.
+        Times the parts of a decoding step of one prompt at a time, replays scored text with every set of exits, and
+        takes the fastest for ``mode="exit"`` at ``eps`` and for ``mode="verify"``, where thresholds change nothing but
+        the time.  Exits that do not pay, by the prediction or when they are timed, are switched off until the next
+        calibration.  ``generate`` with another ``eps=`` weighs the exits for that one by the same costs; with
+        ``thresholds=`` it does not look at the plan.
 
         What is chosen of K exits is one of 2^K - 1 sets.  After ``calibrate(delta=...)`` each of them has its
         guarantee; that the one chosen for its speed keeps it holds with probability 1 - (2^K - 1) delta at least.
@@ -373,8 +375,9 @@ class EarlyExitModel:
         eps
             Target accuracy of exit mode; default: the calibration's.
         scores
-            From `score`, on text the full model wrote; default: those of the latest `calibrate`, or of 1000 tokens
-            continued from the shipped calibration prompts.
+            From `score`, on text the full model wrote; default: the calibration's.
+        prompts
+            Texts or token ids (T,) to continue for the timing; default: the first of the shipped calibration prompts.
         measure
             Prompts to time with each mode, beside the prediction; 0 for none.
         max_new_tokens
@@ -388,18 +391,26 @@ class EarlyExitModel:
         heads = self._trained_heads()
         if self.calibration is None:
             raise InputError("calibration: plan chooses among calibrated thresholds; call calibrate first")
+        if not isinstance(measure, int) or measure < 0:
+            raise InputError(f"measure is {measure!r}: give how many prompts to time, 0 for none")
         self._warn_about_dtype(self.calibration)
         eps = self.calibration.eps if eps is None else check_eps(eps)
-        scores = scores or self._scores
-        starts: list[torch.Tensor] = []
-        if measure or scores is None:
-            _, encoded = self._text(None, None, "calibration")
-            starts = encoded or []
-        if scores is None:
-            scores = self._scores = self.score(self.continue_greedily(starts, tokens=1000), progress=progress)
+        starts = (
+            self._starts(shipped_prompts("calibration") if prompts is None else prompts) if measure else []
+        )
         stage = Stage.on(self._trunk.device)
         costs = measure_costs(self._trunk, heads, lambda logits: stage.exits(logits, 0.5))
-        found = make_plan(costs, scores, self.layers, self.num_layers, self.calibration.at, eps)
+        self._plan_at = cache(
+            partial(
+                make_plan,
+                costs,
+                scores or self.calibration.measured,
+                self.layers,
+                self.num_layers,
+                self.calibration.planned,
+            )
+        )
+        found = self._plan_at(eps)
         if measure:
             found = found.with_measured(self._time(found, starts[:measure], max_new_tokens, progress))
         self._plan = found
@@ -407,8 +418,8 @@ class EarlyExitModel:
 
     def _time(
         self, plan: Plan, prompts: Sequence[torch.Tensor], tokens: int, progress: Progress | None
-    ) -> dict[str, float]:
-        """Seconds a token of every mode after the first one, in turns, median over the prompts."""
+    ) -> dict[str, list[float]]:
+        """Seconds a token of every mode after the first one, in turns, for each prompt that all of them continue."""
 
         def timed(ids: torch.Tensor, mode: str, count: int) -> tuple[float, int]:
             start = time.perf_counter()
@@ -426,13 +437,24 @@ class EarlyExitModel:
         for turn, ids in enumerate([prompts[0], *prompts]):
             # The whole model's: an exit would put off a part of reading the prompt.
             prefill, first = timed(ids, "off", 1)
-            for mode, found in taken.items():
-                seconds, count = timed(ids, mode, tokens)
-                if turn and count > first:
-                    found.append((seconds - prefill) / (count - first))
+            spent = {mode: timed(ids, mode, tokens) for mode in taken}
+            # The first turn warms up.
+            if turn and all(count > first for _, count in spent.values()):
+                for mode, (seconds, count) in spent.items():
+                    taken[mode].append((seconds - prefill) / (count - first))
             if progress is not None:
                 progress("timing", turn, len(prompts))
-        return {mode: median(found) for mode, found in taken.items() if found}
+        return taken
+
+    def _starts(self, prompts: Sequence[str] | Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Token ids (T,) of prompts that leave room to continue, given as texts or as ids."""
+        rows = [row for row in prompts if isinstance(row, torch.Tensor)]
+        if not rows or len(rows) != len(prompts):
+            rows = encode_prompts(prompts, self.tokenizer, max_positions=self._trunk.max_positions)  # type: ignore[arg-type]  # texts here
+        for index, row in enumerate(rows):
+            check_ids(self._trunk, row, f"prompts[{index}]")
+            check_length(len(row) + 1, self._trunk.max_positions, f"prompts[{index}]")
+        return rows
 
     def continue_greedily(
         self,
@@ -454,12 +476,7 @@ class EarlyExitModel:
         list of TokenSequence
             Prompt and continuation, at least one token each.
         """
-        rows = [row for row in prompts if isinstance(row, torch.Tensor)]
-        if not rows or len(rows) != len(prompts):
-            rows = encode_prompts(prompts, self.tokenizer, max_positions=self._trunk.max_positions)  # type: ignore[arg-type]  # texts here
-        for index, row in enumerate(rows):
-            check_ids(self._trunk, row, f"prompts[{index}]")
-            check_length(len(row) + 1, self._trunk.max_positions, f"prompts[{index}]")
+        rows = self._starts(prompts)
         for name, value in (("max_new_tokens", max_new_tokens), ("tokens", tokens)):
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise InputError(f"{name} is {value!r}: give a whole number of at least 1")
@@ -537,7 +554,8 @@ class EarlyExitModel:
         audit
             Share of the early tokens to compare with the whole model's own, for `monitor`: drawn at random beforehand,
             compared when the last layers run anyway or at the end.  In verify mode all are that were judged (up to the
-            first of a run that did not hold), at no cost.
+            first of a run that did not hold), at no cost but for a plan's: drafts then have the calibration's
+            thresholds, whose promise is what is audited.
         streamer, **kwargs
             As in transformers: generation_config, max_new_tokens, do_sample, temperature, logits_processor,
             stopping_criteria, stop_strings, return_dict_in_generate, ...  Beam search is refused.  Processors may be
@@ -559,8 +577,8 @@ class EarlyExitModel:
         ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
         check_request(self._trunk, ids, kwargs)
         take_stop_strings(self.model, self.tokenizer, kwargs)
-        exits = self._exits(mode, eps, thresholds)
         share = check_share(audit) if mode != "verify" else float(check_share(audit) > 0)
+        exits = self._exits(mode, eps, thresholds, audited=share > 0)
         monitor = self._monitor_of(mode, eps, thresholds) if share else None
         if max_pending is not None and (not isinstance(max_pending, int) or max_pending < 0):
             raise InputError(f"max_pending is {max_pending!r}: give a whole number, or None for no limit")
@@ -688,6 +706,8 @@ class EarlyExitModel:
         ------
         StorageError
             If the folder is missing or damaged.
+        InputError
+            If the heads are of a kind that is not registered.
         ModelError
             If the model is not the one the heads were trained on.
         """
@@ -716,14 +736,16 @@ class EarlyExitModel:
         texts = shipped_prompts(split) if prompts is None else prompts  # type: ignore[arg-type]  # a split's name
         return None, encode_prompts(texts, self.tokenizer, max_positions=self._trunk.max_positions)
 
-    def _exits(self, mode: str, eps: float | None, thresholds: Sequence[float] | None) -> list[Exit]:
+    def _exits(
+        self, mode: str, eps: float | None, thresholds: Sequence[float] | None, *, audited: bool = False
+    ) -> list[Exit]:
         """List the exits that can be taken: those whose threshold a margin can reach."""
         if mode not in ("exit", "verify", "off"):
             raise InputError(f"mode is {mode!r}: choose 'exit', 'verify' or 'off'")
         if mode == "off":
             return []
         heads = self._trained_heads()
-        given, _ = self._thresholds(mode, eps, thresholds)
+        given, _ = self._thresholds(mode, eps, thresholds, audited)
         try:
             values = [float(value) for value in given]
         except (TypeError, ValueError):
@@ -737,12 +759,12 @@ class EarlyExitModel:
         return [Exit(layer, heads.after(layer), value) for layer, value in pairs if value <= 1]
 
     def _thresholds(
-        self, mode: str, eps: float | None, thresholds: Sequence[float] | None
+        self, mode: str, eps: float | None, thresholds: Sequence[float] | None, audited: bool
     ) -> tuple[Sequence[float], float | None]:
         """Thresholds asked for, and the ε they were calibrated for; None for thresholds of the user's own."""
-        plan = self._plan
-        if plan is not None and thresholds is None and eps in (None, plan.exit.eps):
-            best = plan.best(mode)
+        if self._plan is not None and thresholds is None and not (mode == "verify" and audited):
+            # Verify mode's promise nothing, so there is nothing in them to audit.
+            best = self._planned(mode, eps)
             return self._without_disabled(best.thresholds, best.eps)
         if thresholds is None:
             if self.calibration is None:
@@ -755,6 +777,15 @@ class EarlyExitModel:
         if eps is not None:
             raise InputError("eps and thresholds are both given: give one of them")
         return self._without_disabled(thresholds, None)
+
+    def _planned(self, mode: str, eps: float | None) -> Option:
+        """Return what the plan chose; for another ε than its own, what it would choose by the same costs."""
+        assert self.calibration is not None
+        assert self._plan is not None
+        assert self._plan_at is not None
+        wanted = self.calibration.eps if eps is None else check_eps(eps)
+        plan = self._plan if mode == "verify" or wanted == self._plan.exit.eps else self._plan_at(wanted)
+        return plan.best(mode)
 
     def _without_disabled(
         self, thresholds: Sequence[float], eps: float | None
@@ -779,7 +810,7 @@ class EarlyExitModel:
         """Find the monitor of what is promised, or make one."""
         if mode == "off":
             return None
-        promised = self._thresholds(mode, eps, thresholds)[1]
+        _, promised = self._thresholds(mode, eps, thresholds, audited=True)
         budget = self.calibration is not None and self.calibration.mode == "budget"
         self.monitor = monitor_for(self.monitor, self.layers, promised, "tokens" if budget else "exits")
         return self.monitor

@@ -8,9 +8,10 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from operator import truediv
 from statistics import median
 from typing import Any
 
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from offramp.llm.calibrating import Measured
 from offramp.llm.heads import ExitHeads
 from offramp.llm.reading import Reader
 from offramp.llm.scoring import Scores
@@ -44,6 +46,8 @@ class Costs:
     ----------
     layer : tuple of float
         One decoder layer over 1, 2, 3, 4, 6, 8, 16 and 32 rows.
+    segment : tuple of float
+        What a run of layers costs besides them, over as many rows: the more exits, the more runs a token takes.
     output : tuple of float
         Final norm, output matrix and argmax over as many rows.
     heads : tuple of tuple of float
@@ -53,13 +57,14 @@ class Costs:
     """
 
     layer: tuple[float, ...]
+    segment: tuple[float, ...]
     output: tuple[float, ...]
     heads: tuple[tuple[float, ...], ...]
     step: float
 
     def layers(self, count: int, rows: int) -> float:
-        """Seconds of ``count`` layers over ``rows`` rows."""
-        return count * _between(self.layer, rows)
+        """Seconds of one run of ``count`` layers over ``rows`` rows."""
+        return _between(self.segment, rows) + count * _between(self.layer, rows)
 
     def outputs(self, rows: int) -> float:
         """Seconds of the output layer over ``rows`` rows."""
@@ -111,6 +116,8 @@ class Plan:
         is empty and the prediction that of ``off``.
     considered : tuple of Option
         The options that were weighed to the end.
+    rejected : tuple of Option
+        Those that were predicted to pay and then measured to be slower than no exits.
     """
 
     costs: Costs
@@ -118,39 +125,49 @@ class Plan:
     exit: Option
     verify: Option
     considered: tuple[Option, ...] = field(default=(), repr=False)
+    rejected: tuple[Option, ...] = ()
 
     def best(self, mode: str) -> Option:
         """Return the option of a mode."""
         return {"off": self.off, "exit": self.exit, "verify": self.verify}[mode]
 
-    def with_measured(self, seconds: dict[str, float]) -> Plan:
-        """Put measured seconds a token beside the predictions, by mode.
+    def with_measured(self, seconds: Mapping[str, Sequence[float]]) -> Plan:
+        """Put measured seconds a token, of the same prompts in every mode, beside the predictions.
 
-        Exits that were measured to be slower than none are switched off, whatever was predicted of them.
+        Exits that were measured to be slower than none, prompt by prompt, are switched off, whatever was predicted.
         """
-        off = replace(self.off, measured=seconds.get("off", math.nan))
-
-        def measured(option: Option) -> Option:
-            found = replace(option, measured=seconds.get(option.mode, math.nan))
-            if not (option.layers and found.measured > off.measured):
-                return found
-            return replace(
-                found, layers=(), thresholds=off.thresholds, predicted=off.predicted, measured=off.measured
-            )
-
-        return replace(self, off=off, exit=measured(self.exit), verify=measured(self.verify))
+        timed = {
+            mode: replace(self.best(mode), measured=median(found)) for mode, found in seconds.items() if found
+        }
+        off = timed.get("off", self.off)
+        slower = {
+            mode
+            for mode, option in timed.items()
+            if option.layers and median(map(truediv, seconds[mode], seconds["off"])) > 1
+        }
+        kept = {
+            mode: replace(off, mode=mode, eps=option.eps) if mode in slower else option
+            for mode, option in timed.items()
+        }
+        rejected = tuple(timed[mode] for mode in timed if mode in slower)
+        return replace(self, **kept, rejected=rejected)  # type: ignore[arg-type]  # modes are fields
 
     def __str__(self) -> str:
-        """Table of the modes."""
-        lines = ["mode     exits after   predicted ms a token   measured   x exits off"]
-        for option in (self.off, self.exit, self.verify):
-            exits = ", ".join(map(str, option.layers)) or "none"
-            measured = f"{1e3 * option.measured:8.1f}" if math.isfinite(option.measured) else "       -"
-            gain = self.off.predicted / option.predicted
-            lines.append(
-                f"{option.mode:<8} {exits:<13} {1e3 * option.predicted:20.1f}   {measured} {gain:13.2f}"
-            )
+        """Table of the modes; gains over no exits as predicted and as measured."""
+        lines = ["mode     exits after    ms a token: predicted  measured   x exits off: predicted  measured"]
+        lines += [self._row(option) for option in (self.off, self.exit, self.verify)]
+        lines += [f"{self._row(option)}  switched off" for option in self.rejected]
         return "\n".join(lines)
+
+    def _row(self, option: Option) -> str:
+        exits = ", ".join(map(str, option.layers)) or "none"
+        measured = [f"{1e3 * option.measured:8.1f}", f"{self.off.measured / option.measured:8.2f}"]
+        if not math.isfinite(option.measured):
+            measured = ["       -"] * 2
+        return (
+            f"{option.mode:<8} {exits:<14} {1e3 * option.predicted:21.1f}  {measured[0]} "
+            f"{self.off.predicted / option.predicted:24.2f}  {measured[1]}"
+        )
 
 
 @torch.no_grad()
@@ -170,18 +187,26 @@ def measure_costs(trunk: Trunk, heads: ExitHeads, decide: Callable[[torch.Tensor
     hidden = trunk.embed(tokens, _positions(trunk, 0, _CONTEXT))
     trunk.run(hidden, 0, trunk.num_layers, cache=cache, positions=_positions(trunk, 0, _CONTEXT))
 
-    def layers(rows: int) -> None:
+    def layers(last: int, rows: int) -> None:
         cache.crop_to(0, trunk.num_layers, _CONTEXT)
         positions = _positions(trunk, _CONTEXT, _CONTEXT + rows)
-        trunk.run(hidden[:, :rows], 0, trunk.num_layers, cache=cache, positions=positions)
+        trunk.run(hidden[:, :rows], 0, last, cache=cache, positions=positions)
 
-    layer = tuple(_seconds(partial(layers, rows), trunk) / trunk.num_layers for rows in _ROWS)
-    after = partial(layers, 1)
+    count = trunk.num_layers
+    after = partial(layers, count, 1)
+    every = [_seconds(partial(layers, count, rows), trunk) for rows in _ROWS]
+    single = _by_rows(partial(layers, 1), _ROWS, trunk, after)
+    # What a run of one layer takes longer than its share of a run of all.
+    segment = tuple(
+        min(max(0.0, (count * one - all_) / (count - 1)), one)
+        for one, all_ in zip(single, every, strict=True)
+    )
+    layer = tuple((all_ - run) / count for all_, run in zip(every, segment, strict=True))
     output = _by_rows(lambda rows: _choose(trunk, hidden[:, :rows]), _ROWS, trunk, after)
     asked = measure_heads(trunk, heads, decide, after)
     one = tokens[:, :1]
     step = _seconds(lambda: trunk.embed(one, _positions(trunk, 0, 1)), trunk)
-    return Costs(layer, output, asked, step)
+    return Costs(layer, segment, output, asked, step)
 
 
 @torch.no_grad()
@@ -202,10 +227,10 @@ def measure_heads(
 
 def make_plan(
     costs: Costs,
-    scores: Scores,
+    scores: Scores | Measured,
     layers: Sequence[int],
     num_layers: int,
-    thresholds_at: Callable[[float, Sequence[int]], Sequence[float]],
+    thresholds_at: Callable[[str, float, Sequence[int]], Sequence[float]],
     eps: float,
 ) -> Plan:
     """Replay the scored text with every set of exits, and take the fastest of each mode.
@@ -215,8 +240,8 @@ def make_plan(
     scores
         Of text the full model wrote, sequence by sequence.
     thresholds_at
-        Thresholds for a target accuracy if only heads of these numbers are in use: a head meets more tokens where a
-        shallower one is off.
+        Thresholds in a mode for a target accuracy if only heads of these numbers are in use: a head meets more tokens
+        where a shallower one is off.
     eps
         The target accuracy of exit mode.
     """
@@ -227,7 +252,7 @@ def make_plan(
     for mode, targets in (("exit", (eps,)), ("verify", _VERIFY_EPS)):
         options = []
         for target, kept in itertools.product(targets, _subsets(len(layers))):
-            known = thresholds_at(target, kept)
+            known = thresholds_at(mode, target, kept)
             chosen = tuple(float(known[index]) if index in kept else math.inf for index in range(len(layers)))
             on = tuple(layers[index] for index in kept)
             options.append(Option(mode, target, on, chosen, math.nan))
@@ -249,7 +274,12 @@ class Replay:
     """Counts what decoding a scored text would run, and adds up its time."""
 
     def __init__(
-        self, costs: Costs, scores: Scores, layers: Sequence[int], num_layers: int, tokens: int = _REPLAYED
+        self,
+        costs: Costs,
+        scores: Scores | Measured,
+        layers: Sequence[int],
+        num_layers: int,
+        tokens: int = _REPLAYED,
     ) -> None:
         self.costs, self.layers, self.num_layers = costs, tuple(layers), num_layers
         self.margins = scores.scores[:, :tokens].astype(np.float64)

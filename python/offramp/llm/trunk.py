@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
+from operator import is_
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -55,6 +56,7 @@ class Trunk:
         self.norm: nn.Module = parts.norm
         self.output = cast(nn.Linear, model.get_output_embeddings())
         self.logit_factor, self.logit_cap = _logit_transform(self.config)
+        self._decoder, self._layers_name = parts.decoder, parts.layers_name
         self._shadow = Shadow(parts.decoder, parts.layers_name)
         self._plain_embedding = False
         self._deviation = 0.0
@@ -232,6 +234,13 @@ class Trunk:
         if any(low >= high for low, high in pairwise(checked)):
             raise InputError(f"layers is {checked}: list the exits from shallow to deep, each once")
         return checked
+
+    @property
+    def is_intact(self) -> bool:
+        """Whether the model's layers are those that were taken apart."""
+        stack = self._decoder.get_submodule(self._layers_name).children()
+        same = all(map(is_, stack, self.layers))
+        return same and (self._lean is None or self._lean.fits(self.layers))
 
     @property
     def is_lean(self) -> bool:
