@@ -81,7 +81,7 @@ def workplace(tmp_path_factory):
         "--prompts", folder / "prompts.txt", "--shortlist", "8", "--device", "cpu", "--json", "-q",
     )  # fmt: skip
     calibrated = succeed(
-        "calibrate", folder / "exits", "--eps", "0.4", "--tokens", "200",
+        "calibrate", folder / "exits", "--eps", "0.4", "--tokens", "200", "--max-new-tokens", "110",
         "--prompts", folder / "others.txt", "--device", "cpu", "--json", "-q",
     )  # fmt: skip
     return folder, json.loads(trained), json.loads(calibrated)
@@ -124,10 +124,29 @@ def test_training_reports_every_head(workplace):
     assert (folder / "exits-cache").is_dir()
 
 
+@pytest.mark.parametrize(
+    ("given", "passed"), [((), 2), (("--patience", "5"), 5), (("--patience", "0"), None)]
+)
+def test_training_is_as_patient_as_it_is_asked_to_be(workplace, tmp_path, monkeypatch, given, passed):
+    asked = []
+
+    def train_heads(_, **settings):
+        asked.append(settings["patience"])
+        raise offramp.InputError("enough")
+
+    monkeypatch.setattr(offramp.EarlyExitModel, "train_heads", train_heads)
+    refuse(
+        "train", workplace[0] / "tiny", "--layers", "2", "-o", tmp_path / "new", "--device", "cpu", "-q",
+        "--prompts", workplace[0] / "prompts.txt", *given,
+    )  # fmt: skip
+    assert asked == [passed]
+
+
 def test_calibration_is_stored_with_the_heads(workplace):
     folder, _, calibrated = workplace
     stored = offramp.EarlyExitModel.from_pretrained(folder / "exits", device="cpu").calibration
     assert stored.eps == calibrated["eps"] == 0.4
+    assert stored.max_group_size == 110
     assert [tau if math.isfinite(tau) else None for tau in stored.thresholds] == calibrated["thresholds"]
     assert list(stored.coverage) == calibrated["coverage"]
     assert set(calibrated["by_mode"]) == {"marginal", "sequential"}
@@ -370,6 +389,8 @@ def faults(workplace):
         for file in (folder / whole).iterdir():
             kept = -100 if file.suffix == ".safetensors" else None
             (folder / torn / file.name).write_bytes(file.read_bytes()[:kept])
+    shutil.copytree(folder / "exits", folder / "crowded")
+    (folder / "crowded" / "notes.txt").write_text("mine")
     save_tiny_model(folder / "recurrent")
     size = {"vocab_size": len(WORDS), "hidden_size": 16, "num_hidden_layers": 3, "state_size": 4}
     transformers.MambaForCausalLM(transformers.MambaConfig(**size)).save_pretrained(folder / "recurrent")
@@ -397,6 +418,9 @@ TRAIN = ["train", "{}/tiny", "--layers", "2", "-o", "{}/new", "--tokens", "50"]
         (["train", "{}/tiny", "--layers", "4,2", "-o", "{}/new"], "from shallow to deep"),
         (["train", "{}/tiny", "--layers", "2", "-o", "{}/tiny/.."], "other files"),
         (["train", "{}/tiny", "--layers", "2", "-o", "{}/prompts.txt"], "prompts.txt"),
+        (["train", "{}/nowhere", "--layers", "2", "-o", "{}/crowded"], "such as notes.txt"),
+        ([*TRAIN, "--cache", "{}/new"], "can hold nothing else; give a folder outside it"),
+        ([*TRAIN, "--cache", "{}/tiny/../new/cache"], "can hold nothing else; give a folder outside it"),
         ([*TRAIN, "--entropy-weight", "1"], "entropy_weight"),
         ([*TRAIN, "--shortlist", "1"], "shortlist"),
         ([*TRAIN, "--dtype", "float31"], "float31"),
@@ -408,6 +432,7 @@ TRAIN = ["train", "{}/tiny", "--layers", "2", "-o", "{}/new", "--tokens", "50"]
         (["calibrate", "{}/nowhere"], "nowhere"),
         (["calibrate", "{}/tiny"], "tiny"),
         (["calibrate", "{}/torn"], "heads.safetensors is truncated"),
+        (["calibrate", "{}/crowded", "--prompts", "{}/blank.txt"], "such as notes.txt"),
         (["calibrate", "{}/exits", "--eps", "nan"], "eps is nan"),
         (["calibrate", "{}/exits", "--prompts", "{}/blank.txt"], "blank.txt"),
         (["calibrate", "{}/exits", "--prompts", "{}/long.txt"], "prompts[1] needs 301 tokens"),

@@ -71,6 +71,13 @@ def demo(session: Session, *, folder: Path, tokens: int, dtype: str | None, devi
     "--max-new-tokens", type=COUNT, default=96, show_default=True, help="Tokens a prompt is continued by."
 )
 @click.option("--epochs", type=COUNT, default=2, show_default=True, help="Passes over them.")
+@click.option(
+    "--patience",
+    type=click.IntRange(0),
+    default=2,
+    show_default=True,
+    help="Stop when no head has agreed more for so many epochs; 0: never.",
+)
 @click.option("--batch-size", type=COUNT, default=256, show_default=True, help="Tokens a step, about.")
 @click.option("--learning-rate", type=float, help="Its peak; default: what suits each head.")
 @click.option(
@@ -104,6 +111,7 @@ def train(
     tokens: int,
     max_new_tokens: int,
     epochs: int,
+    patience: int,
     batch_size: int,
     learning_rate: float | None,
     precision: str,
@@ -133,12 +141,15 @@ def train(
         settings={
             "max_new_tokens": max_new_tokens,
             "epochs": epochs,
+            "patience": patience or None,
             "batch_size": batch_size,
             "learning_rate": learning_rate,
             "precision": precision,
             "entropy_weight": entropy_weight,
         },
-        cache=cache or output.with_name(output.name + "-cache"),
+        # "." has no name of its own.
+        cache=cache
+        or (output if output.name else output.resolve()).with_name(f"{output.resolve().name}-cache"),
         prompts=prompts,
         dtype=dtype,
         device=device,
@@ -161,6 +172,13 @@ def train(
     help="Certify for new text at confidence 1 - δ, as 0.05; needs some 50,000 tokens.",
 )
 @click.option("--tokens", type=COUNT, default=10_000, show_default=True, help="Tokens to calibrate on.")
+@click.option(
+    "--max-new-tokens",
+    type=COUNT,
+    default=96,
+    show_default=True,
+    help="Tokens a prompt is continued by, as many as when the exits serve.",
+)
 @click.option("--model", help="The base model, if the folder's own name for it does not lead to it.")
 @prompts_option
 @where_options
@@ -173,6 +191,7 @@ def calibrate(
     mode: str,
     delta: float | None,
     tokens: int,
+    max_new_tokens: int,
     model: str | None,
     prompts: Path | None,
     dtype: str | None,
@@ -185,7 +204,17 @@ def calibrate(
     from offramp.cli import pipeline  # noqa: PLC0415 - see the module's docstring
 
     ee = pipeline.open_exits(session, folder, model=model, dtype=dtype, device=device)
-    pipeline.calibrate(session, ee, folder, eps=eps, mode=mode, delta=delta, tokens=tokens, prompts=prompts)
+    pipeline.calibrate(
+        session,
+        ee,
+        folder,
+        eps=eps,
+        mode=mode,
+        delta=delta,
+        tokens=tokens,
+        max_new_tokens=max_new_tokens,
+        prompts=prompts,
+    )
 
 
 @click.command()

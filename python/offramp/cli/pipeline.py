@@ -120,6 +120,7 @@ def train(
     """Train heads and store them in a folder."""
     # Said before an hour of training rather than after it; storing them checks again.
     require_free(output)
+    _require_outside(output, cache)
     starts = read_prompts(prompts)
     processes = Processes(device)
     model, tokenizer = open_model(session, name, dtype=dtype, device=device)
@@ -150,6 +151,14 @@ def train(
     session.result({"folder": str(output), "metrics": rows})
 
 
+def _require_outside(output: Path, cache: Path) -> None:
+    """Refuse a cache in the folder of the heads, which is replaced whole."""
+    if cache.resolve().is_relative_to(output.resolve()):
+        raise InputError(
+            f"--cache is {cache}: the folder of the heads, {output}, can hold nothing else; give a folder outside it"
+        )
+
+
 def _plot(history: list[HeadMetrics], picture: Path) -> str:
     """Draw the training where matplotlib is there; returns what to say of it."""
     if find_spec("matplotlib") is None:
@@ -169,13 +178,22 @@ def calibrate(
     mode: str,
     delta: float | None,
     tokens: int,
+    max_new_tokens: int,
     prompts: Path | None,
 ) -> None:
     """Calibrate heads and store the thresholds beside them."""
+    # Said before the work rather than after it, as in `train`.
+    require_free(folder)
     starts = read_prompts(prompts)
     with session.progress() as progress:
         calibration = ee.calibrate(
-            eps, mode=mode, delta=delta, prompts=starts, tokens=tokens, progress=progress
+            eps,
+            mode=mode,
+            delta=delta,
+            prompts=starts,
+            tokens=tokens,
+            max_new_tokens=max_new_tokens,
+            progress=progress,
         )
     ee.save_pretrained(folder)
     session.show(str(calibration))
