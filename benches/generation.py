@@ -1,6 +1,6 @@
 """Whole generations beside their peers, in one run: `python benches/generation.py FOLDER`.
 
-FOLDER holds calibrated heads.  Every contender continues the same held-out prompts greedily at batch 1, in turns
+FOLDER holds trained heads.  Every contender continues the same held-out prompts greedily at batch 1, in turns
 prompt by prompt, prefill included; ratios are medians over the prompts.  What the step gains (exits off, over
 transformers) and what exits gain (over exits off) stand in columns of their own.  Exits off and verify mode must write
 what transformers writes, up to close calls: on two prompts before anything is timed, and on all of them after.  With
@@ -53,11 +53,11 @@ class Race:
 
 def modes(ee, eps):
     """Our contenders by name, as mode and thresholds: the calibration's, and those the planner chose."""
-    scores = ee.score(ee.continue_greedily(shipped_prompts("calibration"), tokens=1000))
+    scores = ee.calibration.measured
     found = {OFF: ("off", None)}
-    plan = ee.plan(eps[0], scores=scores, measure=0)
+    plan = ee.plan(eps[0], measure=0)
     for target in eps:
-        plan = make_plan(plan.costs, scores, ee.layers, ee.num_layers, ee.calibration.at, target)
+        plan = make_plan(plan.costs, scores, ee.layers, ee.num_layers, ee.calibration.planned, target)
         found[f"offramp, exits at ε = {target:g}"] = ("exit", list(ee.calibration.at(target)))
         found[f"offramp, planned exits at ε = {target:g}"] = ("exit", list(plan.exit.thresholds))
     found[VERIFY] = ("verify", list(ee.calibration.at(max(eps))))
@@ -274,8 +274,8 @@ def main():
         prompts = encode_prompts(texts, ee.tokenizer, max_positions=8192)
         kept = Kept(arguments.output, dtype)
         if kept.settings is None:
-            if ee.calibration.dtype != dtype:
-                ee.calibrate(ee.calibration.eps)
+            # On answers as long as those that are timed: the longer they are, the more of them heads know.
+            ee.calibrate(max_new_tokens=arguments.tokens)
             kept.add(settings=choose(ee, arguments, prompts, TIE[dtype]))
         runs = contenders(ee, kept.settings["ours"])
         settings = peers(ee) if kept.settings["peers"] else {}

@@ -10,6 +10,7 @@ import lossless
 import offramp
 import pytest
 import torch
+from offramp.llm.sequences import TokenSequence
 from transformers import LlamaConfig, LlamaForCausalLM
 
 TOKENS = 12
@@ -124,8 +125,10 @@ def test_a_text_that_is_not_the_models_own_is_seen(ee, prompts, monkeypatch):
 def test_kinds_of_heads_are_judged_on_text(ee):
     assert heads.head_of("adapter:2@16384") == offramp.HeadConfig("adapter", depth=2, shortlist=16384)
     assert heads.head_of("mlp") == offramp.HeadConfig("mlp", shortlist=8192)
-    texts = list(torch.randint(3, 61, (10, 20)))
-    found = ee.score(texts)
-    for row, correct in zip(heads.judged("mlp", ee, texts, 2.0), found.correct, strict=True):
+    texts = [TokenSequence(text, 4) for text in torch.randint(3, 61, (10, 20))]
+    found = ee.score([TokenSequence(text.tokens[:14], 4) for text in texts])
+    for row, correct in zip(heads.judged("mlp", ee, texts, 10, 2.0), found.correct, strict=True):
+        assert row["tokens"] == 100
+        assert row["ended"] == 0
         assert row["agreement"] == pytest.approx(correct.mean())
         assert 1 >= row["coverage_80"] >= row["coverage_90"] >= row["coverage_95"] >= 0
