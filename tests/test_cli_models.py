@@ -3,8 +3,10 @@
 import errno
 import json
 import math
+import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -78,7 +80,8 @@ def workplace(tmp_path_factory):
     (folder / "others.txt").write_text("c a\ne e h\n")
     trained = succeed(
         "train", folder / "tiny", "--layers", "2,4", "-o", folder / "exits", "--tokens", "400",
-        "--prompts", folder / "prompts.txt", "--shortlist", "8", "--device", "cpu", "--json", "-q",
+        "--prompts", folder / "prompts.txt", "--shortlist", "8", "--device", "cpu", "--precision", "float32",
+        "--json", "-q",
     )  # fmt: skip
     calibrated = succeed(
         "calibrate", folder / "exits", "--eps", "0.4", "--tokens", "200", "--max-new-tokens", "110",
@@ -140,6 +143,37 @@ def test_training_is_as_patient_as_it_is_asked_to_be(workplace, tmp_path, monkey
         "--prompts", workplace[0] / "prompts.txt", *given,
     )  # fmt: skip
     assert asked == [passed]
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_heads_that_one_does(workplace, tmp_path):
+    """As `torchrun` starts them: the first writes the text and the heads, and speaks for both."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+
+    def train(**variables):
+        return subprocess.Popen(
+            [
+                sys.executable, "-c", "from offramp.cli import main; main()", "train", workplace[0] / "tiny",
+                "--layers", "2,4", "-o", tmp_path / "two", "--tokens", "400", "--shortlist", "8",
+                "--prompts", workplace[0] / "prompts.txt", "--device", "cpu", "--precision", "float32", "--json",
+            ],
+            env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    both = [train(**shared, RANK=rank, LOCAL_RANK=rank) for rank in "01"]
+    (first, told), (second, silence) = (process.communicate(timeout=300) for process in both)
+    assert [process.returncode for process in both] == [0, 0], (told, silence)
+    assert "The corpus takes" in told
+    assert "corpus" not in silence
+    assert second == ""
+    for mine, theirs in zip(json.loads(first)["metrics"], workplace[1]["metrics"], strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
+        assert (mine["layer"], mine["tokens"]) == (theirs["layer"], theirs["tokens"])
+    assert (tmp_path / "two" / "heads.safetensors").exists()
 
 
 def test_calibration_is_stored_with_the_heads(workplace):

@@ -22,7 +22,7 @@ from offramp.cli.session import Session, with_session
     show_default=True,
     help="Where heads and report go, and where a second run finds them.",
 )
-@click.option("--tokens", type=COUNT, default=30_000, show_default=True, help="Tokens to train on.")
+@click.option("--tokens", type=COUNT, default=25_000, show_default=True, help="Tokens to train on.")
 @where_options
 @with_session
 def demo(session: Session, *, folder: Path, tokens: int, dtype: str | None, device: str | None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -123,6 +123,8 @@ def train(
     _require_outside(output, cache)
     starts = read_prompts(prompts)
     processes = Processes(device)
+    # One speaks for all.
+    session = session if processes.first else replace(session, quiet=True)
     model, tokenizer = open_model(session, name, dtype=dtype, device=device)
     ee = EarlyExitModel(model, tokenizer, layers=layers, head=head)
     size = ee.cache_bytes(tokens, prompts=starts, max_new_tokens=settings["max_new_tokens"])

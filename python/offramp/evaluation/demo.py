@@ -53,7 +53,7 @@ class DemoConfig:
     layers: tuple[int, ...] = (10, 26)
     head_kind: str = "adapter"
     shortlist: int | None = 8192
-    training_tokens: int = 30_000
+    training_tokens: int = 25_000
     epochs: int = 4
     calibration_tokens: int = 4_000
     eps: float = 0.9
