@@ -38,7 +38,7 @@ figures: build ## Make the paper's figures for the demo model (at most an hour; 
 	@$(VENV)/bin/offramp figures demo $(ARGS)
 
 .PHONY: test
-test: $(VENV)/.tested lint ## Run every check and every test (at most 25 minutes)
+test: $(VENV)/.tested lint ## Run every check and every test (half an hour on two cores)
 	cargo test --workspace --quiet
 	$(PY) -m pytest
 
