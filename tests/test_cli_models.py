@@ -610,11 +610,12 @@ def test_an_interrupt_anywhere_leaves_what_was_there(workplace, tmp_path, monkey
 def test_the_demo_command_on_the_real_model(tmp_path, demo_folder, monkeypatch):
     pytest.importorskip("jinja2")
     pytest.importorskip("matplotlib")
-    small = {"epochs": 1, "calibration_tokens": 500, "prompts": 4, "max_new_tokens": 16, "timed_tokens": 8}
+    small = {"epochs": 1, "calibration_tokens": 500, "prompts": 4, "max_new_tokens": 16}
+    small |= {"timed_prompts": 2, "timed_tokens": 8}
     monkeypatch.setattr(showcase, "DemoConfig", partial(DemoConfig, **small))
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo" / "model").symlink_to(demo_folder)
-    arguments = ("demo", "--folder", tmp_path / "demo", "--tokens", "600", "--json", "-q", "--threads", "2")
+    arguments = ("demo", "--folder", tmp_path / "demo", "--tokens", "600", "--json", "-q", "--threads", "1")
     found = json.loads(succeed(*arguments))
     assert found["speed"]["same_tokens"] is True
     assert [item["eps"] for item in found["decoded"]] == [0.8, 0.9, 0.95]
