@@ -57,7 +57,7 @@ def costs(layer=1.0, rows=0.0, output=0.0, head=0.0, step=0.0, segment=0.0):
     """A layer costs so much, and so much more for every further row; a run of layers so much besides."""
     return Costs(
         tuple(layer + rows * (count - 1) for count in ROWS),
-        (segment,) * len(ROWS),
+        segment,
         tuple(output * count for count in ROWS),
         ((head,) * len(ROWS),) * 3,
         step,
@@ -84,9 +84,7 @@ def test_rows_that_wait_are_paid_for():
     """One head after layer 1 of 6, every other token leaves: layer 1 always runs, the others over two rows at once."""
     scores = scores_of([[0.9, 0.1] * 20], [[True] * 40], [1] + [0] * 39)
     plan = make_plan(
-        Costs(
-            tuple(1 + 0.5 * (count - 1) for count in ROWS), (2.0,) * 8, (0.25,) * 8, ((0.125,) * 8,), 0.0625
-        ),
+        Costs(tuple(1 + 0.5 * (count - 1) for count in ROWS), 2.0, (0.25,) * 8, ((0.125,) * 8,), 0.0625),
         scores,
         (1,),
         6,
@@ -162,7 +160,7 @@ def test_rows_a_head_has_not_read_are_forgotten_with_a_wrong_draft():
     """A deep head with keys and values of its own does not catch up on positions that were taken back."""
     margins = [[0.9, 0.1, 0.9, 0.9], [0.1, 0.9, 0.1, 0.1]]
     scores = scores_of(margins, [[False, True, True, True], [True] * 4], [1, 0, 0, 0])
-    prices = Costs((0.0,) * 8, (0.0,) * 8, (0.0,) * 8, ((0.0,) * 8, tuple(float(rows) for rows in ROWS)), 0.0)
+    prices = Costs((0.0,) * 8, 0.0, (0.0,) * 8, ((0.0,) * 8, tuple(float(rows) for rows in ROWS)), 0.0)
     plan = make_plan(prices, scores, (1, 3), 6, lambda *_: [0.5, 0.5], 0.9)
     both = next(item for item in plan.considered if item.mode == "verify" and item.layers == (1, 3))
     # Two rows for the second token; the end of the text brings two more, which go with the wrong first one, and the
@@ -231,7 +229,7 @@ def test_predicted_and_measured_time_agree(ee, monkeypatch):
     finally:
         ee.model.generation_config.eos_token_id, ee._plan = kept, None
     assert plan.costs.layer == pytest.approx([1 + 0.1 * (count - 1) for count in ROWS])
-    assert plan.costs.segment == pytest.approx([0.5] * len(ROWS))
+    assert plan.costs.segment == pytest.approx(0.5)
     assert np.array(plan.costs.heads) == pytest.approx(np.full((3, len(ROWS)), 0.2))
     # The test says something only if exits are on in both modes.
     assert plan.exit.layers

@@ -46,8 +46,8 @@ class Costs:
     ----------
     layer : tuple of float
         One decoder layer over 1, 2, 3, 4, 6, 8, 16 and 32 rows.
-    segment : tuple of float
-        What a run of layers costs besides them, over as many rows: the more exits, the more runs a token takes.
+    segment : float
+        What a run of layers costs besides them: the more exits, the more runs a token takes.
     output : tuple of float
         Final norm, output matrix and argmax over as many rows.
     heads : tuple of tuple of float
@@ -57,14 +57,14 @@ class Costs:
     """
 
     layer: tuple[float, ...]
-    segment: tuple[float, ...]
+    segment: float
     output: tuple[float, ...]
     heads: tuple[tuple[float, ...], ...]
     step: float
 
     def layers(self, count: int, rows: int) -> float:
         """Seconds of one run of ``count`` layers over ``rows`` rows."""
-        return _between(self.segment, rows) + count * _between(self.layer, rows)
+        return self.segment + count * _between(self.layer, rows)
 
     def outputs(self, rows: int) -> float:
         """Seconds of the output layer over ``rows`` rows."""
@@ -187,21 +187,25 @@ def measure_costs(trunk: Trunk, heads: ExitHeads, decide: Callable[[torch.Tensor
     hidden = trunk.embed(tokens, _positions(trunk, 0, _CONTEXT))
     trunk.run(hidden, 0, trunk.num_layers, cache=cache, positions=_positions(trunk, 0, _CONTEXT))
 
+    count = trunk.num_layers
+
     def layers(last: int, rows: int) -> None:
-        cache.crop_to(0, trunk.num_layers, _CONTEXT)
         positions = _positions(trunk, _CONTEXT, _CONTEXT + rows)
         trunk.run(hidden[:, :rows], 0, last, cache=cache, positions=positions)
 
-    count = trunk.num_layers
-    after = partial(layers, count, 1)
-    every = [_seconds(partial(layers, count, rows), trunk) for rows in _ROWS]
-    single = _by_rows(partial(layers, 1), _ROWS, trunk, after)
+    def crop() -> None:
+        cache.crop_to(0, count, _CONTEXT)
+
+    def after() -> None:
+        crop()
+        layers(count, 1)
+        crop()
+
+    every = [_seconds(partial(layers, count, rows), trunk, crop) for rows in _ROWS]
     # What a run of one layer takes longer than its share of a run of all.
-    segment = tuple(
-        min(max(0.0, (count * one - all_) / (count - 1)), one)
-        for one, all_ in zip(single, every, strict=True)
-    )
-    layer = tuple((all_ - run) / count for all_, run in zip(every, segment, strict=True))
+    single = _seconds(partial(layers, 1, 1), trunk, after)
+    segment = min(max(0.0, (count * single - every[0]) / (count - 1)), single)
+    layer = tuple((seconds - segment) / count for seconds in every)
     output = _by_rows(lambda rows: _choose(trunk, hidden[:, :rows]), _ROWS, trunk, after)
     asked = measure_heads(trunk, heads, decide, after)
     one = tokens[:, :1]
