@@ -271,11 +271,14 @@ def test_predicted_and_measured_time_agree_on_this_machine(ee, monkeypatch):
 
 
 class TestWhatGenerateTakesOfAPlan:
-    """Of a plan for 0.7 where 0.6 was calibrated."""
+    """Of a plan for 0.97 where 0.6 was calibrated."""
 
     @pytest.fixture(autouse=True)
-    def planned(self, ee):
-        ee.plan(0.7, measure=0)
+    def planned(self, ee, monkeypatch):
+        # Layers are all that costs, so that exits pay.
+        monkeypatch.setattr("offramp.llm.model.measure_costs", lambda *_: costs())
+        ee.plan(0.97, measure=0)
+        assert ee._plan.exit.layers
         yield
         ee._plan = ee.monitor = None
 
@@ -284,18 +287,21 @@ class TestWhatGenerateTakesOfAPlan:
 
     def test_no_less_than_what_was_calibrated_for(self, ee):
         kept = [head for head, tau in enumerate(self.thresholds(ee, "exit")) if tau <= 1]
+        assert kept
+        assert self.thresholds(ee, "exit") != ee._plan.exit.thresholds
         assert [self.thresholds(ee, "exit")[head] for head in kept] == [
             ee.calibration.at(0.6, kept)[head] for head in kept
         ]
-        assert self.thresholds(ee, "exit", 0.7) == ee._plan.exit.thresholds
+        assert self.thresholds(ee, "exit", 0.97) == ee._plan.exit.thresholds
 
     def test_another_eps_is_planned_by_the_same_costs(self, ee, monkeypatch):
         monkeypatch.setattr("offramp.llm.model.measure_costs", None)
-        (found,) = {self.thresholds(ee, "exit", 0.5) for _ in range(2)}
+        (found,) = {self.thresholds(ee, "exit", 0.9) for _ in range(2)}
+        assert found != ee._plan.exit.thresholds
         assert (
             found
             == make_plan(
-                ee._plan.costs, ee.calibration.measured, ee.layers, 6, ee.calibration.planned, 0.5
+                ee._plan.costs, ee.calibration.measured, ee.layers, 6, ee.calibration.planned, 0.9
             ).exit.thresholds
         )
 
@@ -303,6 +309,9 @@ class TestWhatGenerateTakesOfAPlan:
         assert (
             self.thresholds(ee, "verify", 0.95) == self.thresholds(ee, "verify") == ee._plan.verify.thresholds
         )
+        # What was timed and did not pay stays off.
+        ee._plan = ee._plan.with_measured({"off": [1.0], "verify": [2.0]})
+        assert set(self.thresholds(ee, "verify", 0.95)) == {math.inf}
 
     def test_an_audit_looks_at_what_was_promised(self, ee):
         ee.generate(torch.tensor([[7, 8, 9]]), mode="verify", audit=0.5, max_new_tokens=4)
