@@ -131,6 +131,7 @@ def train(
     """
     from offramp.cli import pipeline  # noqa: PLC0415 - see the module's docstring
 
+    named = output if output.name else output.resolve()  # "." has no name of its own
     pipeline.train(
         session,
         model,
@@ -147,9 +148,7 @@ def train(
             "precision": precision,
             "entropy_weight": entropy_weight,
         },
-        # "." has no name of its own.
-        cache=cache
-        or (output if output.name else output.resolve()).with_name(f"{output.resolve().name}-cache"),
+        cache=cache or named.with_name(f"{named.name}-cache"),
         prompts=prompts,
         dtype=dtype,
         device=device,

@@ -361,14 +361,16 @@ def _parameters(layers: Sequence[nn.Module]) -> list[nn.Parameter]:
 
 
 def _unusual(layer: nn.Module) -> bool:
-    linears = [module for module in layer.modules() if "Linear" in type(module).__name__]
+    # Gone through before every generation.
+    modules = list(layer.modules())
+    linears = [module for module in modules if "Linear" in type(module).__name__]
     # transformers leaves hooks that note outputs on a model that was ever asked for its hidden states.
     hooked = any(
         not str(getattr(hook, "__module__", "")).startswith("transformers.utils")
-        for module in layer.modules()
+        for module in modules
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     )
-    patched = any("forward" in vars(module) for module in layer.modules())
+    patched = any("forward" in vars(module) for module in modules)
     attention: Any = layer.self_attn
     # Soft caps, norms a head of their own and layers in parallel by choice are left to the modules.
     other = (
