@@ -224,6 +224,33 @@ def test_keys_and_values_under_exits_are_the_full_models(model, ee, thresholds):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("family", sorted({*FAMILIES} - GENERAL))
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_head_reads_and_learns_by_the_lean_path_what_it_does_by_modules(family, depth, monkeypatch):
+    """Some rows of whole sequences, a single one among the cases, and the gradients of all that is trained."""
+    model = make(family)
+    trunk = Trunk(model)
+    trunk.prove((1,))
+    torch.manual_seed(3)
+    head = make_head(trunk, HeadConfig("adapter", shortlist=None, depth=depth), None).eval()
+    hidden = torch.randn(3, 11, trunk.hidden_size)
+    several = torch.tensor([0, 0, 0, 1, 2, 2]), torch.tensor([10, 7, 8, 0, 3, 9])
+    single = torch.tensor([1]), torch.tensor([10])
+
+    def found(picked):
+        head.zero_grad()
+        features = head.read(hidden, picked)
+        (features * torch.linspace(-1, 1, features.numel()).view_as(features)).sum().backward()
+        return [features.detach(), *(value.grad for value in head.parameters() if value.grad is not None)]
+
+    short = [found(picked) for picked in (several, single)]
+    monkeypatch.setattr(trunk, "_lean", None)
+    for mine, modules in zip(short, [found(picked) for picked in (several, single)], strict=True):
+        assert len(mine) == len(modules) > 8
+        for one, other in zip(mine, modules, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * float(other.abs().max()))
+
+
 @pytest.mark.parametrize("family", ["GPT2", "Falcon", "Gemma2", "GPTNeoX"])
 def test_a_head_of_the_familys_own_layers_is_trained_and_decodes(texts, family):
     """What the lean path does not know: its last layer, copied and trained, with keys and values of its own."""

@@ -16,6 +16,7 @@ from torch import nn
 from offramp.errors import InputError
 from offramp.llm.cache import GrowingCache
 from offramp.llm.lean import LeanLayer
+from offramp.llm.states import Picked
 from offramp.llm.trunk import Trunk, is_composite
 
 
@@ -88,13 +89,28 @@ class Branch:
         """Begin a generation with a head's layers as they are now."""
         return BranchState(self._trunk.new_cache(), self.first, self._trunk.lean_form(list(layers)))
 
-    def run(
+    def read(self, layers: nn.ModuleList, hidden: torch.Tensor, picked: Picked) -> torch.Tensor:
+        """Run a head's layers over whole sequences (B, T, H), padded on the right or not at all, for training too.
+
+        Gives the output (n, H) at the rows picked.  Where the layers have a lean form, the last one computes little
+        for others, such as those of prompts: with a third of such rows a step of training takes a tenth less.
+        """
+        positions = torch.arange(hidden.shape[1], device=hidden.device).expand(hidden.shape[:2])
+        form = self._trunk.lean_form(list(layers))
+        if form is None:
+            return self._by_modules(layers, hidden, positions, None, None)[picked]
+        wanted = picked[0] * hidden.shape[1] + picked[1]
+        return self._trunk.run_lean(
+            form, hidden, self.first, cache=None, positions=positions[:1], picked=wanted
+        )
+
+    def advance(
         self,
         layers: nn.ModuleList,
         hidden: torch.Tensor,
         positions: torch.Tensor,
-        mask: torch.Tensor | None = None,
-        state: BranchState | None = None,
+        mask: torch.Tensor | None,
+        state: BranchState,
     ) -> torch.Tensor:
         """Run a head's layers over new rows (B, q, H), after those in ``state``, which takes their keys and values.
 
@@ -104,18 +120,27 @@ class Branch:
             Rotary positions of the rows.
         mask : (B, at least read + q), optional
             0 at left padding; ``None`` where there is none.
-        state
-            ``None`` for whole sequences from their beginning, padded on the right or not at all.
         """
-        seen = 0 if state is None else state.length
-        if state is not None and state.lean is not None and seen:
+        seen = state.length
+        if state.lean is not None and seen:
             return self._trunk.run_lean(
                 state.lean, hidden, self.first, cache=state.cache, positions=positions, attention_mask=mask
             )
         if mask is not None:
             mask = mask[:, : seen + hidden.shape[1]]
+        return self._by_modules(layers, hidden, positions, mask, state)
+
+    def _by_modules(
+        self,
+        layers: nn.ModuleList,
+        hidden: torch.Tensor,
+        positions: torch.Tensor,
+        mask: torch.Tensor | None,
+        state: BranchState | None,
+    ) -> torch.Tensor:
+        cache, seen = (None, 0) if state is None else (state.cache, state.length)
         for layer, call in zip(layers, self._calls(hidden, positions, mask, seen), strict=True):
-            hidden = call.to(hidden.dtype).on(layer, hidden, None if state is None else state.cache)
+            hidden = call.to(hidden.dtype).on(layer, hidden, cache)
         return hidden
 
     @torch.no_grad()

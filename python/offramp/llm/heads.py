@@ -396,10 +396,9 @@ class AdapterHead(_ReadAsTheModel):
 
     def read(self, hidden: torch.Tensor, picked: Picked) -> torch.Tensor:
         """Run over whole sequences; features at the picked rows."""
-        positions = torch.arange(hidden.shape[1], device=hidden.device).expand(hidden.shape[:2])
-        features: torch.Tensor = self.norm(
-            self.branch.run(self.layers, self.linear(hidden), positions)[picked]
-        )
+        # In the dtype of the hidden states, also where products are narrower.
+        mapped = self.linear(hidden).to(hidden.dtype)
+        features: torch.Tensor = self.norm(self.branch.read(self.layers, mapped, picked))
         return features
 
     def new_state(self) -> BranchState:
@@ -415,7 +414,7 @@ class AdapterHead(_ReadAsTheModel):
     ) -> torch.Tensor:
         """Run over the new rows, adding their keys and values to the state."""
         mapped = linear(hidden, self.linear.weight, self.linear.bias)
-        rows = self.branch.run(self.layers, mapped, positions, mask, cast(BranchState, state))
+        rows = self.branch.advance(self.layers, mapped, positions, mask, cast(BranchState, state))
         features: torch.Tensor = self.norm(rows[:, -1])
         return features
 

@@ -1,7 +1,8 @@
 """The same decoder layers as a handful of tensor operations: for decoding, where overhead costs as much as arithmetic.
 
 Works on the model's own parameters (no copy) and on `GrowingCache`.  It exists for speed alone: `trunk` uses it only
-for layers it can describe and only after it has proved equal to the model's own forward.
+for layers it can describe and only after it has proved equal to the model's own forward.  Heads of such layers are
+trained by it, too, because it can leave out what nobody reads.
 """
 
 from __future__ import annotations
@@ -129,16 +130,21 @@ class LeanLayer:
         rotary: Rotary | None,
         partner: torch.Tensor,
         mask: torch.Tensor | None,
-        cache: GrowingLayer,
+        cache: GrowingLayer | None,
+        picked: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Run the layer over new rows (B * q, H), appending their keys and values to the cache.
+        """Run the layer over new rows (B * q, H), appending their keys and values to the cache, if there is one.
 
         ``rotary`` holds cosines and signed sines, each (B, q, 1, head size), ``partner`` the dimension each is rotated
         with; ``mask`` is True where a query may look, (B or 1, 1, groups * q, cached + q), or ``None`` for a single
-        query that sees everything within the window.
+        query that sees everything within the window.  Of ``picked`` rows (n,) alone is more computed than their keys
+        and values, and what they see.
         """
         normed = self.before_attention(hidden) if self.before_attention else hidden
-        attended = self._attend(normed, batch, rotary, partner, mask, cache)
+        seen = self._attend(normed, batch, rotary, partner, mask, cache)
+        if picked is not None:
+            hidden, normed, seen = hidden[picked], normed[picked], seen[picked]
+        attended = linear(seen, *self.output)
         if self.beside:
             return hidden + attended + self._feed(normed)
         hidden = self._add(hidden, attended, self.after_attention)
@@ -157,8 +163,9 @@ class LeanLayer:
         rotary: Rotary | None,
         partner: torch.Tensor,
         mask: torch.Tensor | None,
-        cache: GrowingLayer,
+        cache: GrowingLayer | None,
     ) -> torch.Tensor:
+        """Mix the values (B * q, heads * head size) each row sees."""
         queries = len(normed) // batch
         query, key, value = self._project(normed)
         # Rotated together: the fewer operations, the better.
@@ -167,7 +174,11 @@ class LeanLayer:
             both = both * rotary[0] + both.index_select(-1, partner) * rotary[1]
         wide, narrow = self.widths[0] // self.head_size, self.widths[1] // self.head_size
         query, key = both.split((wide, narrow), dim=2)
-        keys, values = cache.append(key, value.view(batch, queries, narrow, self.head_size))
+        value = value.view(batch, queries, narrow, self.head_size)
+        if cache is None:
+            keys, values = key.transpose(1, 2), value.transpose(1, 2)
+        else:
+            keys, values = cache.append(key, value)
         if mask is None and self.window is not None:
             keys, values = keys[:, :, -self.window :], values[:, :, -self.window :]
         # Query heads that share a key head are laid out as more queries of it, so that keys are not repeated; a single
@@ -179,7 +190,7 @@ class LeanLayer:
         )
         if queries > 1:
             mixed = mixed.reshape(batch, wide, queries, self.head_size).transpose(1, 2)
-        return linear(mixed.reshape(len(normed), -1), *self.output)
+        return mixed.reshape(len(normed), -1)
 
     def _project(self, normed: torch.Tensor) -> Sequence[torch.Tensor]:
         parts: Sequence[torch.Tensor] = [linear(normed, *weights) for weights in self.projections]
@@ -250,17 +261,23 @@ class Lean:
         layers: Sequence[LeanLayer],
         hidden: torch.Tensor,
         first: int,
-        cache: GrowingCache,
+        cache: GrowingCache | None,
         positions: torch.Tensor,
         padding: torch.Tensor | None,
+        picked: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Run layers, the first of which stands for layer ``first``, over new rows, as `Trunk.run` does."""
+        """Run layers, the first of which stands for layer ``first``, over new rows, as `Trunk.run` does.
+
+        Without a cache the rows (B, T, H) are whole sequences.  The last layer computes ``picked`` rows (n,) of B * T
+        alone, where they are given, and returns (n, H).
+        """
         batch, queries, _ = hidden.shape
-        length = cache.length(first) + queries
+        length = queries + (0 if cache is None else cache.length(first))
+        caches = [None] * len(layers) if cache is None else cache.growing[first:]
         hidden = hidden.reshape(batch * queries, -1)
         rotary: dict[str | None, Rotary | None] = {None: None}
         masks: dict[int | None, torch.Tensor | None] = {}
-        for layer, held in zip(layers, cache.growing[first:], strict=False):
+        for layer, held in zip(layers, caches, strict=False):
             if layer.kind not in rotary and layer.kind is not None:
                 cosines, sines = self._table(layer.kind, length, hidden)
                 rotary[layer.kind] = cosines[positions].unsqueeze(2), sines[positions].unsqueeze(2)
@@ -269,8 +286,11 @@ class Lean:
                 masks[layer.window] = attention_mask(
                     length, queries, groups, padding, layer.window, hidden.device
                 )
-            hidden = layer.run(hidden, batch, rotary[layer.kind], self._partner, masks[layer.window], held)
-        return hidden.view(batch, queries, -1)
+            wanted = picked if layer is layers[-1] else None
+            hidden = layer.run(
+                hidden, batch, rotary[layer.kind], self._partner, masks[layer.window], held, wanted
+            )
+        return hidden.view(batch, queries, -1) if picked is None else hidden
 
     def pays(self, hidden: torch.Tensor, cached: int) -> bool:
         """Whether its products are faster than the model's own for rows (B, q, H) after ``cached`` tokens.
@@ -424,7 +444,7 @@ def _norm(owner: Any, name: str | None) -> Map | None:
 
 def _rms_norm(hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Scale to unit root mean square; of a single row on the CPU that is one number, found in fewer operations."""
-    if hidden.numel() != len(weight) or hidden.device.type != "cpu":
+    if hidden.numel() != len(weight) or hidden.device.type != "cpu" or hidden.requires_grad:
         return functional.rms_norm(hidden, weight.shape, weight, eps)
     length = float(torch.linalg.vector_norm(hidden, dtype=torch.float32))
     return hidden * (1 / math.sqrt(length * length / len(weight) + eps)) * weight

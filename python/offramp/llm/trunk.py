@@ -190,13 +190,18 @@ class Trunk:
         hidden: torch.Tensor,
         first: int,
         *,
-        cache: GrowingCache,
+        cache: GrowingCache | None,
         positions: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
+        picked: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Run lean layers, the first of which stands for layer ``first``, as `run` does the model's own."""
+        """Run lean layers, the first of which stands for layer ``first``, as `run` does the model's own.
+
+        Over whole sequences (B, T, H) without a cache, where it may be ``picked`` rows (n,) of B * T alone that are
+        wanted: (n, H).
+        """
         assert self._lean is not None
-        return self._lean.run(layers, hidden, first, cache, positions, attention_mask)
+        return self._lean.run(layers, hidden, first, cache, positions, attention_mask, picked)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Full-model logits (..., V) of the last layer's output (..., H)."""
