@@ -24,6 +24,8 @@ TOP = 8
 _CARRIED = 1 / 8
 # A prefix shared by all prompts (a chat template's beginning) is run once; below this it is not worth a pass.
 _LEAST_SHARED = 8
+# Logits that a CPU reads together: so many stay in its cache, and take no new memory every time.
+_READ_TOGETHER = 1 << 18
 
 
 @dataclass
@@ -143,10 +145,10 @@ class _Batch:
     def step(self) -> None:
         """Write one token to every row."""
         states = self._run(self._inputs, self.positions[:, -self._inputs.shape[1] :], self.mask)
-        logits = self.trunk.logits(states[-1][:, -1]).float()
+        logits = self.trunk.logits(states[-1][:, -1])
         if self.capture is not None:
             top = logits.topk(min(TOP, logits.shape[-1]), dim=-1).indices.int()
-            self._kept.append(_Kept(self.rows, states, logits.logsumexp(dim=-1), top))
+            self._kept.append(_Kept(self.rows, states, _log_normalizer(logits), top))
         tokens = _pick(logits.cpu(), self.temperatures, self.generator)
         for row, token in zip(self.rows.tolist(), tokens.tolist(), strict=True):
             self._emitted[row].append(token)
@@ -241,6 +243,12 @@ def _shared_length(prompts: Sequence[torch.Tensor]) -> int:
     return shared if shared >= _LEAST_SHARED and len(prompts) > 1 else 0
 
 
+def _log_normalizer(logits: torch.Tensor) -> torch.Tensor:
+    """Log of the sum of the exponentials of each row (n, V), float32."""
+    rows = max(1, _READ_TOGETHER // logits.shape[-1]) if logits.device.type == "cpu" else len(logits)
+    return torch.cat([part.float().logsumexp(dim=-1) for part in logits.split(rows)])
+
+
 def _pick(
     logits: torch.Tensor, temperatures: torch.Tensor, generator: torch.Generator | None
 ) -> torch.Tensor:
@@ -250,7 +258,7 @@ def _pick(
         raise not_numbers("its last layer")
     warm = temperatures > 0
     if bool(warm.any()):
-        tokens[warm] = _sample(logits[warm], temperatures[warm], generator)
+        tokens[warm] = _sample(logits[warm].float(), temperatures[warm], generator)
     return tokens
 
 
@@ -259,7 +267,7 @@ def _sample(
 ) -> torch.Tensor:
     """Draw a token a row by inversion: one random number, where ``multinomial`` takes one for every token.
 
-    In the memory of the logits: to ask for as much anew takes as long as to go through it.
+    In the memory of the logits (n, V), float32: to ask for as much anew takes as long as to go through it.
     """
     weights = logits.sub_(logits.amax(dim=-1, keepdim=True)).div_(temperatures[:, None]).exp_()
     # numpy adds up in float64 without a copy of the weights in it.

@@ -137,8 +137,8 @@ class LeanLayer:
 
         ``rotary`` holds cosines and signed sines, each (B, q, 1, head size), ``partner`` the dimension each is rotated
         with; ``mask`` is True where a query may look, (B or 1, 1, groups * q, cached + q), or ``None`` for a single
-        query that sees everything within the window.  Of ``picked`` rows (n,) alone is more computed than their keys
-        and values, and what they see.
+        query that sees everything within the window, and for whole sequences whose queries see all before them.  What
+        follows attention is computed for ``picked`` rows (n,) alone, where they are given.
         """
         normed = self.before_attention(hidden) if self.before_attention else hidden
         seen = self._attend(normed, batch, rotary, partner, mask, cache)
@@ -185,9 +185,15 @@ class LeanLayer:
         # position is laid out so already.
         if queries > 1:
             query = query.transpose(1, 2)
-        mixed = functional.scaled_dot_product_attention(
-            query.reshape(batch, narrow, -1, self.head_size), keys, values, attn_mask=mask, scale=self.scaling
-        )
+        if queries > 1 and mask is None:
+            # What lies behind a query is not computed and then masked.
+            mixed = functional.scaled_dot_product_attention(
+                query, keys, values, is_causal=True, scale=self.scaling, enable_gqa=wide != narrow
+            )
+        else:
+            mixed = functional.scaled_dot_product_attention(
+                query.reshape(batch, narrow, -1, self.head_size), keys, values, attn_mask=mask, scale=self.scaling
+            )
         if queries > 1:
             mixed = mixed.reshape(batch, wide, queries, self.head_size).transpose(1, 2)
         return mixed.reshape(len(normed), -1)
@@ -277,6 +283,9 @@ class Lean:
         hidden = hidden.reshape(batch * queries, -1)
         rotary: dict[str | None, Rotary | None] = {None: None}
         masks: dict[int | None, torch.Tensor | None] = {}
+        if cache is None and padding is None:
+            # Where nothing but order says what is seen.
+            masks[None] = None
         for layer, held in zip(layers, caches, strict=False):
             if layer.kind not in rotary and layer.kind is not None:
                 cosines, sines = self._table(layer.kind, length, hidden)
@@ -306,8 +315,13 @@ class Lean:
             known = self._tables[kind, hidden.dtype] = self._tabulate(kind, 2 * length, hidden)
         return known
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def _tabulate(self, kind: str, length: int, hidden: torch.Tensor) -> Rotary:
-        """Tables (length, head size) with which ``x * cos + x[partner] * sin`` is the rotated x."""
+        """Tables (length, head size) with which ``x * cos + x[partner] * sin`` is the rotated x.
+
+        They outlive the call: a user's ``torch.inference_mode()`` would make them useless for training.
+        """
         size = self.layers[0].head_size
         positions = torch.arange(length, device=hidden.device)[None]
         cosines, sines = (
@@ -445,7 +459,8 @@ def _norm(owner: Any, name: str | None) -> Map | None:
 def _rms_norm(hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Scale to unit root mean square; of a single row on the CPU that is one number, found in fewer operations."""
     if hidden.numel() != len(weight) or hidden.device.type != "cpu" or hidden.requires_grad:
-        return functional.rms_norm(hidden, weight.shape, weight, eps)
+        # In the wider of two dtypes, as torch asks.
+        return functional.rms_norm(hidden.to(weight.dtype), weight.shape, weight, eps)
     length = float(torch.linalg.vector_norm(hidden, dtype=torch.float32))
     return hidden * (1 / math.sqrt(length * length / len(weight) + eps)) * weight
 

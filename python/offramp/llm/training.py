@@ -584,7 +584,7 @@ class Trainer:
         size = _CPU_ROWS
         if self.trunk.device.type != "cpu":
             size = max(1, _LOGITS_BUDGET // max(len(teacher.weight) for teacher, _ in self.teachers))
-        # Of one size: what would be left over takes as long as many.
+        # Of equal size: what would be left over takes as long as many.
         pieces = max(1, math.ceil(rows / size))
         ends = (rows * piece // pieces for piece in range(pieces + 1))
         return (slice(start, end) for start, end in pairwise(ends))
