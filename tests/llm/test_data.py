@@ -9,7 +9,7 @@ import pytest
 import torch
 from offramp import EarlyExitModel, InputError, ModelError, StorageError
 from offramp.llm.data import FIT_ROWS, CorpusPlan, batches, corpus_bytes, prepare_corpus
-from offramp.llm.generating import continue_prompts
+from offramp.llm.generating import _pick, continue_prompts
 from offramp.llm.prompts import prompts as prompts_of
 from offramp.llm.prompts import topics
 from offramp.llm.sequences import TokenSequence, as_sequences, encode_prompts
@@ -96,6 +96,14 @@ def test_samples_follow_the_temperature_of_their_row(trunk, starts):
     assert p_value(drawn[:, 2:].flatten(), 0.5) < 1e-9
 
 
+def test_a_narrow_model_samples_what_a_wide_one_with_its_logits_would():
+    """Temperatures are applied to float32, whatever the model computes in."""
+    rows = torch.randn(6, 89, generator=torch.Generator().manual_seed(3)).bfloat16() * 4
+    warm = torch.tensor([0.0, 0.7, 1.3, 0.7, 0.0, 1.0])
+    drawn = [_pick(logits.clone(), warm, torch.Generator().manual_seed(4)) for logits in (rows, rows.float())]
+    assert torch.equal(*drawn)
+
+
 def test_a_model_that_says_nan_is_named(model, starts):
     broken = copy.deepcopy(model)
     broken.lm_head.weight.data[5] = torch.nan
@@ -103,8 +111,11 @@ def test_a_model_that_says_nan_is_named(model, starts):
         continue_prompts(Trunk(broken), starts[:2], max_new_tokens=2)
 
 
-@pytest.mark.parametrize("shared", [0, 12])
-def test_captured_states_are_those_of_a_pass_over_the_finished_text(trunk, starts, shared):
+@pytest.mark.parametrize(("shared", "together"), [(0, 1 << 18), (12, 1 << 18), (12, 3 * 89 + 5), (0, 1)])
+def test_captured_states_are_those_of_a_pass_over_the_finished_text(
+    trunk, starts, shared, together, monkeypatch
+):
+    monkeypatch.setattr("offramp.llm.generating._READ_TOGETHER", together)
     prefix = torch.arange(20, 20 + shared)
     written = continue_prompts(
         trunk,

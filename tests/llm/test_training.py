@@ -662,7 +662,9 @@ def test_the_gradient_of_every_parameter_is_that_of_automatic_differentiation(
     )
     # The step itself changes the parameters, but not their gradients.
     trainer.train_step(numbers)
-    assert max(at_once) == 30
+    assert max(at_once) <= 30
+    assert min(at_once) >= max(at_once) - 1
+    assert len(at_once) > 2
     assert sum(at_once) == 2 * len(batch)
     names = {id(parameter): name for name, parameter in trainer.heads.named_parameters()}
     if kind == "linear":

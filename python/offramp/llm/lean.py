@@ -192,7 +192,11 @@ class LeanLayer:
             )
         else:
             mixed = functional.scaled_dot_product_attention(
-                query.reshape(batch, narrow, -1, self.head_size), keys, values, attn_mask=mask, scale=self.scaling
+                query.reshape(batch, narrow, -1, self.head_size),
+                keys,
+                values,
+                attn_mask=mask,
+                scale=self.scaling,
             )
         if queries > 1:
             mixed = mixed.reshape(batch, wide, queries, self.head_size).transpose(1, 2)
