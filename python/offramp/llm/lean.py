@@ -463,7 +463,7 @@ def _norm(owner: Any, name: str | None) -> Map | None:
 def _rms_norm(hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Scale to unit root mean square; of a single row on the CPU that is one number, found in fewer operations."""
     if hidden.numel() != len(weight) or hidden.device.type != "cpu" or hidden.requires_grad:
-        # In the wider of two dtypes, as torch asks.
+        # Under autocast hidden states can be narrower than the weight, which torch's fused form does not take.
         return functional.rms_norm(hidden.to(weight.dtype), weight.shape, weight, eps)
     length = float(torch.linalg.vector_norm(hidden, dtype=torch.float32))
     return hidden * (1 / math.sqrt(length * length / len(weight) + eps)) * weight
