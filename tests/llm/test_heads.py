@@ -10,6 +10,7 @@ import offramp
 import pytest
 import torch
 from offramp import EarlyExitModel, ExitHead, HeadConfig, InputError, register_head
+from offramp.llm import lean
 from offramp.llm.decoding import Exit, Rollout
 from offramp.llm.heads import make_head
 from offramp.llm.sequences import TokenSequence
@@ -74,6 +75,32 @@ def test_an_adapter_that_maps_perfectly_is_the_model(depth, lean, monkeypatch):
         found = head.advance(hidden[:, 8:12], state, positions[:, 8:12], mask)
         torch.testing.assert_close(head.logits(found), output.logits[:, 11], rtol=1e-4, atol=1e-4)
         assert state.length == 12
+
+
+def test_rows_that_waited_stop_at_the_attention_of_the_last_layer(monkeypatch):
+    """Of what a head reads before it answers only the newest row is asked for."""
+    trunk = Trunk(make_model())
+    head = make_head(trunk, HeadConfig("adapter", shortlist=None, depth=2), None).requires_grad_(False)
+    hidden = torch.randn(2, 9, trunk.hidden_size, generator=torch.Generator().manual_seed(1))
+    positions = torch.arange(9).expand(2, 9)
+    state = head.new_state()
+    head.advance(hidden[:, :4], state, positions[:, :4], None)
+    rows = {}
+
+    def watched(normed, weight, bias):
+        rows[id(weight)] = len(normed)
+        return torch.nn.functional.linear(normed, weight, bias)
+
+    monkeypatch.setattr(lean, "linear", watched)
+    head.advance(hidden[:, 4:], state, positions[:, 4:], None)
+    first, last = head.layers
+    every, newest = 2 * 5, 2
+    for layer, below in ((first, every), (last, newest)):
+        attention, block = layer.self_attn, layer.mlp
+        before = (attention.q_proj, attention.k_proj, attention.v_proj)
+        after = (attention.o_proj, block.gate_proj, block.up_proj, block.down_proj)
+        assert {rows[id(part.weight)] for part in before} == {every}
+        assert {rows[id(part.weight)] for part in after} == {below}
 
 
 @pytest.mark.parametrize("cap", [0, 3, None])

@@ -112,6 +112,8 @@ class Branch:
     ) -> torch.Tensor:
         """Run a head's layers over new rows (B, q, H), after those in ``state``, which takes their keys and values.
 
+        Gives the output (B, H) at the newest row; in lean form nothing else goes through all of the last layer.
+
         Parameters
         ----------
         positions : (B, q) int64
@@ -119,14 +121,24 @@ class Branch:
         mask : (B, at least read + q), optional
             0 at left padding; ``None`` where there is none.
         """
-        seen = state.length
+        seen, (batch, queries, _) = state.length, hidden.shape
         if state.lean is not None and seen:
-            return self._trunk.run_lean(
-                state.lean, hidden, self.first, cache=state.cache, positions=positions, attention_mask=mask
+            newest = None
+            if queries > 1:
+                newest = torch.arange(queries - 1, batch * queries, queries, device=hidden.device)
+            found = self._trunk.run_lean(
+                state.lean,
+                hidden,
+                self.first,
+                cache=state.cache,
+                positions=positions,
+                attention_mask=mask,
+                picked=newest,
             )
+            return found.view(batch, -1)
         if mask is not None:
-            mask = mask[:, : seen + hidden.shape[1]]
-        return self._by_modules(layers, hidden, positions, mask, state)
+            mask = mask[:, : seen + queries]
+        return self._by_modules(layers, hidden, positions, mask, state)[:, -1]
 
     def _by_modules(
         self,

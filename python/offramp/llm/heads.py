@@ -414,8 +414,8 @@ class AdapterHead(_ReadAsTheModel):
     ) -> torch.Tensor:
         """Run over the new rows, adding their keys and values to the state."""
         mapped = linear(hidden, self.linear.weight, self.linear.bias)
-        rows = self.branch.advance(self.layers, mapped, positions, mask, cast(BranchState, state))
-        features: torch.Tensor = self.norm(rows[:, -1])
+        newest = self.branch.advance(self.layers, mapped, positions, mask, cast(BranchState, state))
+        features: torch.Tensor = self.norm(newest)
         return features
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -278,8 +278,8 @@ class Lean:
     ) -> torch.Tensor:
         """Run layers, the first of which stands for layer ``first``, over new rows, as `Trunk.run` does.
 
-        Without a cache the rows (B, T, H) are whole sequences.  The last layer computes ``picked`` rows (n,) of B * T
-        alone, where they are given, and returns (n, H).
+        Without a cache the rows (B, q, H) are whole sequences.  The last layer computes ``picked`` rows (n,) of the
+        B * q alone, where they are given, and returns (n, H).
         """
         batch, queries, _ = hidden.shape
         length = queries + (0 if cache is None else cache.length(first))

@@ -197,8 +197,7 @@ class Trunk:
     ) -> torch.Tensor:
         """Run lean layers, the first of which stands for layer ``first``, as `run` does the model's own.
 
-        Over whole sequences (B, T, H) without a cache, where it may be ``picked`` rows (n,) of B * T alone that are
-        wanted: (n, H).
+        Without a cache over whole sequences.  Where ``picked`` rows (n,) of the B * q alone are wanted: (n, H).
         """
         assert self._lean is not None
         return self._lean.run(layers, hidden, first, cache, positions, attention_mask, picked)
