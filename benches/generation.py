@@ -1,9 +1,10 @@
 """Whole generations beside their peers, in one run: `python benches/generation.py FOLDER`.
 
 FOLDER holds trained heads.  Every contender continues the same held-out prompts greedily at batch 1, in turns
-prompt by prompt, prefill included; ratios are medians over the prompts.  What the step gains (exits off, over
-transformers) and what exits gain (over exits off) stand in columns of their own.  Exits off and verify mode must write
-what transformers writes, up to close calls: on two prompts before anything is timed, and on all of them after.  With
+prompt by prompt, another one first each time, prefill included; ratios are medians over the prompts.  What the step
+gains (exits off, over transformers) and what exits gain (over exits off) stand in columns of their own.  Exits off
+and verify mode must write what transformers writes, up to close calls: on two prompts before anything is timed, and
+on all of them after.  ``--planned`` leaves out exits that were not planned, ``--no-peers`` other libraries'.  With
 ``--output FILE`` what was chosen and every prompt's times are kept there as they come, and a run that was interrupted,
 or limited by ``--at-most``, goes on.
 """
@@ -51,7 +52,7 @@ class Race:
         return median(one / two for one, two in zip(self.speed, other.speed, strict=True))
 
 
-def modes(ee, eps):
+def modes(ee, eps, *, planned_only=False):
     """Our contenders by name, as mode and thresholds: the calibration's, and those the planner chose."""
     scores = ee.calibration.measured
     found = {OFF: ("off", None)}
@@ -63,7 +64,7 @@ def modes(ee, eps):
     found[VERIFY] = ("verify", list(ee.calibration.at(max(eps))))
     # Which thresholds verify mode drafts with does not depend on ε: any plan has the fastest.
     found[PLANNED_VERIFY] = ("verify", list(plan.verify.thresholds))
-    return found
+    return {name: how for name, how in found.items() if not planned_only or name == OFF or "planned" in name}
 
 
 def contenders(ee, found):
@@ -138,7 +139,7 @@ def check(ee, runs, prompts, tokens, tie):
     """Refuse to time what does not write the model's own text."""
     for ids in prompts:
         own = runs[PLAIN](ids[None], tokens)[0]
-        for name in EXACT:
+        for name in runs.keys() & EXACT:
             gap = gap_at_difference(ee.model, runs[name](ids[None], tokens)[0], own)
             if gap is not None and gap >= tie:
                 raise SystemExit(
@@ -150,9 +151,11 @@ def race(ee, runs, prompts, tokens):
     """Let every contender continue every prompt (T,), in turns; one result a prompt, by contender."""
     for run in runs.values():
         run(prompts[0][None], _TRIED)
+    order = list(runs)
     for ids in prompts:
         found = {}
-        for name, run in runs.items():
+        for name in order:
+            run = runs[name]
             ee.last_stats = None
             start = time.perf_counter()
             text = run(ids[None], tokens)[0]
@@ -163,7 +166,9 @@ def race(ee, runs, prompts, tokens):
                 "prompt_length": len(ids),
                 "tokens_by_exit": dict(ee.last_stats.tokens_by_exit) if ee.last_stats else {},
             }
-        yield found
+        yield {name: found[name] for name in runs}
+        # What ran before tells in what comes next.
+        order.append(order.pop(0))
 
 
 def rows(ee, results):
@@ -244,7 +249,7 @@ class Kept:
 
 def choose(ee, arguments, prompts, tie):
     """What takes part: mode and thresholds of ours, the fastest layer of each peer."""
-    ours = modes(ee, arguments.eps)
+    ours = modes(ee, arguments.eps, planned_only=arguments.planned)
     check(ee, contenders(ee, ours), prompts[:2], arguments.tokens, tie)
     own_layer = {}
     if not arguments.no_peers:
@@ -260,6 +265,7 @@ def main():
     parser.add_argument("--eps", type=float, nargs="+", default=[0.8, 0.9, 0.95])
     parser.add_argument("--threads", type=int)
     parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--planned", action="store_true", help="leave out exits that were not planned")
     parser.add_argument("--dtypes", nargs="+", choices=TIE, default=list(TIE))
     parser.add_argument("--output", type=Path, help="file of results, which an interrupted run continues")
     parser.add_argument("--table", type=Path, help="file the rows of all dtypes are written to, as CSV")

@@ -57,6 +57,33 @@ def ours(ee):
     }
 
 
+def test_every_contender_comes_first_at_times(ee, prompts):
+    began = []
+    runs = {
+        name: lambda ids, tokens, name=name: began.append(name) or torch.cat((ids, ids), dim=1)
+        for name in "abc"
+    }
+    results = list(generation.race(ee, runs, prompts[:4], TOKENS))
+    assert began == [*"abc", *"abc", *"bca", *"cab", *"abc"]
+    assert [list(result) for result in results] == [[*"abc"]] * 4
+
+
+def test_exits_that_were_not_planned_can_be_left_out(ee):
+    every, planned = (generation.modes(ee, [0.3, 0.4], planned_only=only) for only in (False, True))
+    assert planned.keys() < every.keys()
+    assert list(planned) == [
+        generation.OFF,
+        "offramp, planned exits at ε = 0.3",
+        "offramp, planned exits at ε = 0.4",
+        generation.PLANNED_VERIFY,
+    ]
+    runs = generation.contenders(ee, planned)
+    generation.check(ee, runs, [torch.arange(3, 9)], TOKENS, 1e-4)
+    wrong = runs | {generation.PLANNED_VERIFY: lambda ids, tokens: 3 * runs[generation.OFF](ids, tokens) // 4}
+    with pytest.raises(SystemExit, match="planned verify"):
+        generation.check(ee, wrong, [torch.arange(3, 9)], TOKENS, 1e-4)
+
+
 def test_the_race_shows_every_contender_with_both_gains_apart(ee, prompts):
     runs = generation.contenders(ee, ours(ee))
     generation.check(ee, runs, prompts[:2], TOKENS, 1e-4)

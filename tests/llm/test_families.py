@@ -10,6 +10,7 @@ from offramp import EarlyExitModel, HeadConfig, ModelError
 from offramp.llm.cache import cache_argument
 from offramp.llm.decoding import Exit, Rollout
 from offramp.llm.heads import make_head
+from offramp.llm.lean import normed
 from offramp.llm.sequences import TokenSequence
 from offramp.llm.trunk import Trunk, positions_from_mask
 
@@ -259,6 +260,23 @@ def test_a_head_reads_and_learns_by_the_lean_path_what_it_does_by_modules(family
                 torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-4 * largest)
             else:
                 assert float((value - other).norm()) <= 0.1 * float(other.norm()) + 1e-6
+
+
+@pytest.mark.parametrize("family", sorted({*FAMILIES} - GENERAL))
+def test_the_norm_of_a_single_row_is_the_modules(family):
+    """By fewer operations; several rows, gradients and what users add are the module's own."""
+    norm = Trunk(make(family)).norm
+    rows = 7 * torch.randn(3, 32, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        for parameter in norm.parameters():
+            parameter.normal_(generator=torch.Generator().manual_seed(2))
+        torch.testing.assert_close(normed(norm, rows[:1]), norm(rows[:1]), rtol=1e-6, atol=1e-6)
+        assert torch.equal(normed(norm, rows), norm(rows))
+    row = rows[:1].clone().requires_grad_()
+    found = [torch.autograd.grad(out.square().sum(), row)[0] for out in (normed(norm, row), norm(row))]
+    assert torch.equal(*found)
+    norm.register_forward_hook(lambda *_: torch.zeros(1))
+    assert not normed(norm, rows[:1]).any()
 
 
 @pytest.mark.parametrize("family", ["GPT2", "Falcon", "Gemma2", "GPTNeoX"])

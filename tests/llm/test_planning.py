@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 from offramp import EarlyExitModel, HeadConfig, InputError
-from offramp.llm.heads import ExitHead
+from offramp.llm.heads import ExitHead, ExitHeads, make_head
 from offramp.llm.lean import LeanLayer
-from offramp.llm.planning import Costs, make_plan
+from offramp.llm.planning import Costs, make_plan, measure_heads
 from offramp.llm.scoring import Scores
 from offramp.llm.sequences import TokenSequence
 from offramp.llm.trunk import Trunk
@@ -237,6 +237,19 @@ def test_predicted_and_measured_time_agree(ee, monkeypatch):
     for option in (plan.off, plan.exit, plan.verify):
         assert option.measured == pytest.approx(option.predicted, rel=0.15), option.mode
     assert "x exits off" in str(plan)
+
+
+def test_heads_that_do_the_same_work_are_given_the_same_time(monkeypatch):
+    """So that noise does not choose among them; others keep their own."""
+    trunk = Trunk(make_model())
+    configs = {1: HeadConfig("mlp", shortlist=40), 3: HeadConfig("mlp", shortlist=50)}
+    configs |= {2: configs[1], 4: HeadConfig("linear", shortlist=40), 5: configs[1]}
+    heads = ExitHeads(
+        {at: make_head(trunk, configs[at], torch.arange(configs[at].shortlist)) for at in range(1, 6)}
+    )
+    taken = iter([1.0, 5.0, 7.0, 8.0, 3.0])
+    monkeypatch.setattr("offramp.llm.planning._head_costs", lambda *_: (time := next(taken), 2 * time))
+    assert measure_heads(trunk, heads, None) == ((3, 6), (3, 6), (7, 14), (8, 16), (3, 6))
 
 
 def slow(function, seconds):

@@ -222,11 +222,16 @@ def measure_heads(
 ) -> tuple[tuple[float, ...], ...]:
     """Time each head with its decision, over 1, 2, 3, 4, 6, 8, 16 and 32 rows that wait, as in `Costs`.
 
-    ``after`` is what runs before a head is asked in decoding; without it a head is timed by itself.
+    ``after`` is what runs before a head is asked in decoding; without it a head is timed by itself.  Heads that do the
+    same work are given the median of their times: what lies between them is noise, and would choose among them.
     """
     tokens = torch.zeros(1, _CONTEXT, dtype=torch.int64, device=trunk.device)
     hidden = trunk.embed(tokens, _positions(trunk, 0, _CONTEXT))
-    return tuple(_head_costs(trunk, Reader(heads.after(at)), hidden, decide, after) for at in heads.layers)
+    every = [heads.after(at) for at in heads.layers]
+    taken = [_head_costs(trunk, Reader(head), hidden, decide, after) for head in every]
+    work = [(type(head), head.config, head.cost()) for head in every]
+    alike = [[seconds for seconds, other in zip(taken, work, strict=True) if other == own] for own in work]
+    return tuple(tuple(map(median, zip(*group, strict=True))) for group in alike)
 
 
 def make_plan(

@@ -204,7 +204,7 @@ class Trunk:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Full-model logits (..., V) of the last layer's output (..., H)."""
-        hidden = self.norm(hidden)
+        hidden = self.norm(hidden) if self._lean is None else lean.normed(self.norm, hidden)
         # A plain matrix by the fastest product; what a quantised or sharded one is, only its module knows.
         plain = self._lean is not None and lean.is_plain(self.output)
         logits = linear(hidden, self.output.weight, self.output.bias) if plain else self.output(hidden)
