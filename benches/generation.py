@@ -1,7 +1,7 @@
 """Whole generations beside their peers, in one run: `python benches/generation.py FOLDER`.
 
 FOLDER holds trained heads.  Every contender continues the same held-out prompts greedily at batch 1, in turns
-prompt by prompt, another one first each time, prefill included; ratios are medians over the prompts.  What the step
+prompt by prompt, in an order drawn for each, prefill included; ratios are medians over the prompts.  What the step
 gains (exits off, over transformers) and what exits gain (over exits off) stand in columns of their own.  Exits off
 and verify mode must write what transformers writes, up to close calls: on two prompts before anything is timed, and
 on all of them after.  ``--planned`` leaves out exits that were not planned, ``--no-peers`` other libraries'.  With
@@ -16,6 +16,7 @@ import copy
 import inspect
 import json
 import math
+import random
 import sys
 import time
 from dataclasses import dataclass, field
@@ -139,7 +140,7 @@ def check(ee, runs, prompts, tokens, tie):
     """Refuse to time what does not write the model's own text."""
     for ids in prompts:
         own = runs[PLAIN](ids[None], tokens)[0]
-        for name in runs.keys() & EXACT:
+        for name in filter(runs.__contains__, EXACT):
             gap = gap_at_difference(ee.model, runs[name](ids[None], tokens)[0], own)
             if gap is not None and gap >= tie:
                 raise SystemExit(
@@ -147,14 +148,16 @@ def check(ee, runs, prompts, tokens, tie):
                 )
 
 
-def race(ee, runs, prompts, tokens):
-    """Let every contender continue every prompt (T,), in turns; one result a prompt, by contender."""
+def race(ee, runs, prompts, tokens, first=0):
+    """Let every contender continue every prompt (T,), in turns; one result a prompt, by contender.
+
+    What ran before tells in what comes next, so the order is drawn for each prompt, by its number from ``first`` on.
+    """
     for run in runs.values():
         run(prompts[0][None], _TRIED)
-    order = list(runs)
-    for ids in prompts:
+    for number, ids in enumerate(prompts, first):
         found = {}
-        for name in order:
+        for name in random.Random(number).sample(list(runs), len(runs)):
             run = runs[name]
             ee.last_stats = None
             start = time.perf_counter()
@@ -167,8 +170,6 @@ def race(ee, runs, prompts, tokens):
                 "tokens_by_exit": dict(ee.last_stats.tokens_by_exit) if ee.last_stats else {},
             }
         yield {name: found[name] for name in runs}
-        # What ran before tells in what comes next.
-        order.append(order.pop(0))
 
 
 def rows(ee, results):
@@ -287,8 +288,9 @@ def main():
         settings = peers(ee) if kept.settings["peers"] else {}
         for name, layer in kept.settings["peers"].items():
             runs[f"{name}, layer {layer}"] = settings[name][layer]
-        due = prompts[len(kept.results) :][: arguments.at_most]
-        for result in race(ee, runs, due, arguments.tokens) if due else ():
+        done = len(kept.results)
+        due = prompts[done:][: arguments.at_most]
+        for result in race(ee, runs, due, arguments.tokens, done) if due else ():
             kept.add(result=result)
             print(f"{len(kept.results)} of {len(prompts)} prompts", file=sys.stderr, flush=True)
         if len(kept.results) == len(prompts):

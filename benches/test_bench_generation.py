@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import generation
@@ -57,15 +58,22 @@ def ours(ee):
     }
 
 
-def test_every_contender_comes_first_at_times(ee, prompts):
+def test_the_order_is_drawn_for_each_prompt_and_the_same_after_an_interruption(ee):
     began = []
     runs = {
         name: lambda ids, tokens, name=name: began.append(name) or torch.cat((ids, ids), dim=1)
-        for name in "abc"
+        for name in "abcd"
     }
-    results = list(generation.race(ee, runs, prompts[:4], TOKENS))
-    assert began == [*"abc", *"abc", *"bca", *"cab", *"abc"]
-    assert [list(result) for result in results] == [[*"abc"]] * 4
+    prompts = [torch.arange(3, 9)] * 40
+    results = list(generation.race(ee, runs, prompts, TOKENS))
+    assert [list(result) for result in results] == [[*"abcd"]] * 40
+    turns = [began[start : start + 4] for start in range(4, len(began), 4)]
+    assert all(sorted(turn) == [*"abcd"] for turn in turns)
+    followed = {pair for turn in turns for pair in itertools.pairwise(turn)}
+    assert len(followed) == 4 * 3
+    began.clear()
+    list(generation.race(ee, runs, prompts[:2], TOKENS, first=38))
+    assert began[4:] == turns[38] + turns[39]
 
 
 def test_exits_that_were_not_planned_can_be_left_out(ee):
@@ -79,7 +87,13 @@ def test_exits_that_were_not_planned_can_be_left_out(ee):
     ]
     runs = generation.contenders(ee, planned)
     generation.check(ee, runs, [torch.arange(3, 9)], TOKENS, 1e-4)
-    wrong = runs | {generation.PLANNED_VERIFY: lambda ids, tokens: 3 * runs[generation.OFF](ids, tokens) // 4}
+
+    def other(ids, tokens):
+        text = runs[generation.OFF](ids, tokens).clone()
+        text[0, -1] = 3 + text[0, -1] % 50
+        return text
+
+    wrong = runs | {generation.PLANNED_VERIFY: other}
     with pytest.raises(SystemExit, match="planned verify"):
         generation.check(ee, wrong, [torch.arange(3, 9)], TOKENS, 1e-4)
 

@@ -336,6 +336,8 @@ class _ReadAsTheModel(ExitHead):
     """A head whose features are put through the model's own norm, which is neither trained nor stored."""
 
     borrowed = ("norm.",)
+    # Where that was proved of the trunk, its norm is one that can be taken apart, too.
+    _is_lean = False
 
     def __init__(
         self,
@@ -346,7 +348,6 @@ class _ReadAsTheModel(ExitHead):
     ) -> None:
         super().__init__(trunk, config, shortlist, rows)
         self.norm = copy.deepcopy(trunk.norm).float().requires_grad_(False)
-        # Where that was proved, the norm is one that can be taken apart, too.
         self._is_lean = trunk.is_lean
 
     def finish(self, hidden: torch.Tensor) -> torch.Tensor:

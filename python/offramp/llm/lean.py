@@ -449,14 +449,16 @@ def _describe(layer: Any, kind: str, window: int | None, family: _Family, config
 
 
 def normed(norm: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-    """Apply a norm to rows (..., H): to a single row on the CPU in fewer operations, where it is plain.
+    """Apply a norm to rows (..., H): to a single row on the CPU in fewer operations, where it is a plain one.
 
     On SmolLM2 transformers' module takes as long for a row as a tenth of a head.
     """
     alone = hidden.numel() == hidden.shape[-1] and hidden.device.type == "cpu" and not hidden.requires_grad
-    changed = norm._forward_hooks or norm._forward_pre_hooks or "forward" in vars(norm)
-    if alone and _is_rms(norm) and not changed:
-        return _rms_norm(hidden, norm.weight, float(norm.variance_epsilon))  # type: ignore[arg-type]  # a module's
+    if alone and _is_rms(norm):
+        weight: Any = norm.weight
+        changed = norm._forward_hooks or norm._forward_pre_hooks or "forward" in vars(norm)
+        if hidden.dtype == weight.dtype != torch.float64 and not changed:
+            return _rms_norm(hidden, weight, float(norm.variance_epsilon))  # type: ignore[arg-type]  # a module's
     found: torch.Tensor = norm(hidden)
     return found
 

@@ -222,15 +222,18 @@ def measure_heads(
 ) -> tuple[tuple[float, ...], ...]:
     """Time each head with its decision, over 1, 2, 3, 4, 6, 8, 16 and 32 rows that wait, as in `Costs`.
 
-    ``after`` is what runs before a head is asked in decoding; without it a head is timed by itself.  Heads that do the
-    same work are given the median of their times: what lies between them is noise, and would choose among them.
+    ``after`` is what runs before a head is asked in decoding; without it a head is timed by itself.  Heads of one
+    config do the same work and are given the median of their times: what lies between them is noise, and would choose
+    among them.
     """
     tokens = torch.zeros(1, _CONTEXT, dtype=torch.int64, device=trunk.device)
     hidden = trunk.embed(tokens, _positions(trunk, 0, _CONTEXT))
     every = [heads.after(at) for at in heads.layers]
     taken = [_head_costs(trunk, Reader(head), hidden, decide, after) for head in every]
-    work = [(type(head), head.config, head.cost()) for head in every]
-    alike = [[seconds for seconds, other in zip(taken, work, strict=True) if other == own] for own in work]
+    alike = [
+        [seconds for seconds, other in zip(taken, every, strict=True) if other.config == head.config]
+        for head in every
+    ]
     return tuple(tuple(map(median, zip(*group, strict=True))) for group in alike)
 
 
