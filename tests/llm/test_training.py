@@ -712,9 +712,10 @@ def test_every_head_has_the_rate_that_suits_it_unless_one_is_given(model, texts,
             for head, old in zip(trainer.heads.values(), before, strict=True)
         ]
 
-    assert rates("adapter") == pytest.approx([9e-3 * 4 / 6, 9e-3 * 2 / 6], rel=0.02)
-    assert rates("adapter", 0.02) == pytest.approx([0.02, 0.02], rel=0.02)
-    assert rates("mlp") == pytest.approx([1e-3, 1e-3], rel=0.02)
+    for kind in ("adapter", "mlp"):
+        assert rates(kind) == pytest.approx([9e-3 * 4 / 6, 9e-3 * 2 / 6], rel=0.02)
+        assert rates(kind, 0.02) == pytest.approx([0.02, 0.02], rel=0.02)
+    assert rates("linear") == pytest.approx([1e-3, 1e-3], rel=0.02)
 
 
 def test_a_linear_head_starts_as_the_models_own_output():

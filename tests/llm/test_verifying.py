@@ -276,7 +276,7 @@ def test_sampling_has_the_full_models_distribution(kept):
     generator = torch.Generator().manual_seed(0)
     texts = [torch.randint(0, 8, (20,), generator=generator) for _ in range(20)]
     ee = EarlyExitModel(model, None, layers=(2, 4), head=HeadConfig("mlp", shortlist=6))
-    ee.train_heads(sequences=texts, epochs=1)
+    ee.train_heads(sequences=texts, epochs=1, learning_rate=1e-3)
     thresholds = [float(np.median(ee.score(texts).scores[0])), 0.0]
     rows = 4000
     prompt = torch.tensor([[1, 5, 2]])

@@ -50,7 +50,7 @@ COVERAGE_EPS = (0.8, 0.9, 0.95)
 
 # To be raised when the same corpus, heads and settings come to be trained to something else, by a shipped kind's code,
 # the loss or the order of things: a training kept in a cache is not taken for one of another format.
-_FORMAT = 3
+_FORMAT = 2
 _WATCHED_ROWS = 4096
 _WATCHES_PER_EPOCH = 4
 # Floats of one logits matrix held at a time: 2^23 is 32 MiB.
