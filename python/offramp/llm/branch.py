@@ -112,7 +112,8 @@ class Branch:
     ) -> torch.Tensor:
         """Run a head's layers over new rows (B, q, H), after those in ``state``, which takes their keys and values.
 
-        Gives the output (B, H) at the newest row; in lean form nothing else goes through all of the last layer.
+        Gives the output (B, H) at the newest row.  In lean form, which takes all but the first rows of a generation,
+        nothing else goes through all of the last layer.
 
         Parameters
         ----------
