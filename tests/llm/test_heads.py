@@ -13,6 +13,7 @@ from offramp import EarlyExitModel, ExitHead, HeadConfig, InputError, register_h
 from offramp.llm import lean
 from offramp.llm.decoding import Exit, Rollout
 from offramp.llm.heads import make_head
+from offramp.llm.reading import Reader
 from offramp.llm.sequences import TokenSequence
 from offramp.llm.storage import load_exits
 from offramp.llm.trunk import Trunk
@@ -101,6 +102,29 @@ def test_rows_that_waited_stop_at_the_attention_of_the_last_layer(monkeypatch):
         after = (attention.o_proj, block.gate_proj, block.up_proj, block.down_proj)
         assert {rows[id(part.weight)] for part in before} == {every}
         assert {rows[id(part.weight)] for part in after} == {below}
+
+
+def test_a_head_that_failed_half_way_reads_its_rows_again(monkeypatch):
+    """After keys and values were added, of which nothing may be left."""
+    trunk = Trunk(make_model())
+    head = make_head(trunk, HeadConfig("adapter", shortlist=None, depth=2), None).requires_grad_(False)
+    hidden = torch.randn(1, 8, trunk.hidden_size, generator=torch.Generator().manual_seed(1))
+    positions = torch.arange(8)[None]
+    answers = []
+    for fails in (False, True):
+        reader = Reader(head)
+        for start, end in ((0, 5), (5, 7), (7, 8)):
+            reader.see(hidden[:, start:end])
+            if fails:
+                with monkeypatch.context() as patched:
+                    patched.setattr(head, "finish", lambda _: 1 / 0)
+                    with pytest.raises(ZeroDivisionError):
+                        reader.answer(positions[:, :end], None)
+                assert reader.state.length == start
+            answers.append(reader.answer(positions[:, :end], None))
+            assert reader.state.length == end
+    for mine, expected in zip(answers[3:], answers[:3], strict=True):
+        assert torch.equal(mine, expected)
 
 
 @pytest.mark.parametrize("cap", [0, 3, None])
