@@ -453,12 +453,11 @@ def normed(norm: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
 
     On SmolLM2 transformers' module takes as long for a row as a tenth of a head.
     """
-    alone = hidden.numel() == hidden.shape[-1] and hidden.device.type == "cpu" and not hidden.requires_grad
-    if alone and _is_rms(norm):
-        weight: Any = norm.weight
+    if _is_alone(hidden) and _is_rms(norm):
+        plain: Any = norm
         changed = norm._forward_hooks or norm._forward_pre_hooks or "forward" in vars(norm)
-        if hidden.dtype == weight.dtype != torch.float64 and not changed:
-            return _rms_norm(hidden, weight, float(norm.variance_epsilon))  # type: ignore[arg-type]  # a module's
+        if hidden.dtype == plain.weight.dtype != torch.float64 and not changed:
+            return _rms_norm(hidden, plain.weight, float(plain.variance_epsilon))
     found: torch.Tensor = norm(hidden)
     return found
 
@@ -478,9 +477,14 @@ def _is_rms(norm: nn.Module) -> bool:
     return type(norm).__name__.endswith("RMSNorm") and hasattr(norm, "variance_epsilon")
 
 
+def _is_alone(hidden: torch.Tensor) -> bool:
+    """Whether rows (..., H) are a single one on the CPU, from which nothing is learnt."""
+    return hidden.numel() == hidden.shape[-1] and hidden.device.type == "cpu" and not hidden.requires_grad
+
+
 def _rms_norm(hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Scale to unit root mean square; of a single row on the CPU that is one number, found in fewer operations."""
-    if hidden.numel() != len(weight) or hidden.device.type != "cpu" or hidden.requires_grad:
+    if not _is_alone(hidden):
         # Under autocast hidden states can be narrower than the weight, which torch's fused form does not take.
         return functional.rms_norm(hidden.to(weight.dtype), weight.shape, weight, eps)
     length = float(torch.linalg.vector_norm(hidden, dtype=torch.float32))
