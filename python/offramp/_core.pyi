@@ -14,8 +14,10 @@ __all__ = [
     "evidence_suffices",
     "exits_rows",
     "fast_calibrate",
+    "few_rows",
     "instruction_set",
     "instruction_sets",
+    "multiplies_few_rows",
     "sort_by_score",
     "threshold_curve",
     "top2_margin_row",
@@ -41,6 +43,19 @@ def threshold_curve(
 ) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]: ...
 def instruction_set() -> str: ...
 def instruction_sets() -> list[str]: ...
+def multiplies_few_rows() -> bool: ...
+def few_rows(
+    dtype: str,
+    weight: int,
+    bias: int,
+    rows: int,
+    out: int,
+    count: int,
+    height: int,
+    width: int,
+    threads: int,
+    /,
+) -> None: ...
 def exits_rows(
     logits: NDArray[Any],
     dtype: str,

@@ -788,17 +788,58 @@ def test_killed_at_random_moments_it_ends_as_if_it_had_not_been(tmp_path):
         assert torch.equal(mine, theirs)
 
 
-@pytest.mark.slow
-def test_two_processes_train_as_one_does(tmp_path):
+def start_two(folder):
+    """Run `resumable` in two processes that train together."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     # The second one finds other metrics: the first one's decide for both, which parameters are kept and when it ends.
     own = [{"RANK": "0", "LOCAL_RANK": "0"}, {"RANK": "1", "LOCAL_RANK": "1", "DISAGREE": "1"}]
-    both = [start(tmp_path / "two", **shared, **each) for each in own]
+    return [start(folder, **shared, **each) for each in own]
+
+
+@pytest.fixture(scope="module")
+def of_two(tmp_path_factory):
+    """What each of two processes printed that trained together."""
+    both = start_two(tmp_path_factory.mktemp("two"))
     outputs = [process.communicate(timeout=300)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0]
+    return outputs
+
+
+@pytest.mark.slow
+def test_two_processes_that_were_killed_go_on_together(of_two, tmp_path):
+    first, second = start_two(tmp_path)
+    reached = 0
+    for line in first.stdout:
+        stage, number = line.split()
+        reached = int(number) if stage == "training" else 0
+        if reached >= 10:
+            break
+    for process in (first, second):
+        process.kill()
+        process.communicate()
+    assert first.returncode == -signal.SIGKILL
+    both = start_two(tmp_path)
+    again = [process.communicate(timeout=300)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    for lines, whole in zip(again, of_two, strict=True):
+        told = [line.split() for line in lines.splitlines()]
+        # Saved after every step, before the next one is told of.
+        assert not any(stage == "generating" for stage, *_ in told)
+        assert next(int(number) for stage, number, *_ in told if stage == "training") >= reached
+        assert result(lines, "heads") == result(whole, "heads")
+    assert result(again[0], "history") == result(of_two[0], "history")
+
+
+def result(lines, name):
+    return next(line for line in lines.splitlines() if line.startswith(f"{name} "))
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_does(of_two, tmp_path):
+    outputs = of_two
     assert "history" not in outputs[1]
     first, second = (dict(line.split(" ", 1) for line in lines.splitlines()) for lines in outputs)
     assert first["heads"] == second["heads"]

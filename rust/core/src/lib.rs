@@ -14,6 +14,7 @@ mod isa;
 mod ladder;
 pub mod margin;
 mod order;
+pub mod product;
 mod run;
 mod samples;
 mod scan;

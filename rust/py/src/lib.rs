@@ -5,6 +5,13 @@ mod decision;
 mod error;
 mod guarantee;
 mod isa;
+#[expect(unsafe_code, reason = "torch's memory, known by its address")]
+mod product;
+#[expect(
+    unsafe_code,
+    reason = "a function of C, by which torch's threads are asked"
+)]
+mod team;
 
 use pyo3::prelude::*;
 
@@ -18,6 +25,8 @@ mod _core {
     use super::decision::{exits_rows, top2_margin_row, top2_margin_rows};
     #[pymodule_export]
     use super::isa::{instruction_set_name, instruction_sets};
+    #[pymodule_export]
+    use super::product::{few_rows, multiplies_few_rows};
 
     #[pymodule_export]
     use super::guarantee::{
