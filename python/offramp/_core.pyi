@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 __all__ = [
     "__version__",
+    "attend_rows",
     "binomial_p_value",
     "binomial_upper_bound",
     "calibrate_cascade",
@@ -14,11 +15,11 @@ __all__ = [
     "evidence_suffices",
     "exits_rows",
     "fast_calibrate",
-    "few_rows",
     "instruction_set",
     "instruction_sets",
-    "multiplies_few_rows",
+    "multiply_rows",
     "sort_by_score",
+    "steps_fast",
     "threshold_curve",
     "top2_margin_row",
     "top2_margin_rows",
@@ -43,18 +44,31 @@ def threshold_curve(
 ) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]: ...
 def instruction_set() -> str: ...
 def instruction_sets() -> list[str]: ...
-def multiplies_few_rows() -> bool: ...
-def few_rows(
+def steps_fast() -> bool: ...
+def multiply_rows(
     dtype: str,
-    weight: int,
-    bias: int,
+    linears: list[tuple[int, int, int]],
     rows: int,
     out: int,
     count: int,
-    height: int,
     width: int,
     threads: int,
-    /,
+    norm: tuple[int, float] = (0, 0.0),
+    residual: int = 0,
+    gated: bool = False,
+) -> None: ...
+def attend_rows(
+    dtype: str,
+    projected: int,
+    rotary: tuple[int, int, int],
+    cache: tuple[int, int],
+    out: int,
+    count: int,
+    seen: int,
+    heads: tuple[int, int, int],
+    scaling: float,
+    window: int,
+    threads: int,
 ) -> None: ...
 def exits_rows(
     logits: NDArray[Any],

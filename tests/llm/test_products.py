@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from offramp import _core
-from offramp.llm import products
+from offramp.llm import few, products
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
-needs_ours = pytest.mark.skipif(
-    not _core.multiplies_few_rows(), reason="needs vector instructions and torch on OpenMP"
-)
+needs_ours = pytest.mark.skipif(not few.IS_FAST, reason="needs vector instructions and torch on OpenMP")
 
 
 def drawn(rows, dtype=torch.float32, biased=False, width=16):
@@ -32,8 +27,8 @@ def exact(hidden, weight, bias):
 @pytest.fixture
 def calls(monkeypatch):
     """The products of the core."""
-    seen, own = [], _core.few_rows
-    monkeypatch.setattr(_core, "few_rows", lambda *given: seen.append(given) or own(*given))
+    seen, own = [], _core.multiply_rows
+    monkeypatch.setattr(_core, "multiply_rows", lambda *given: seen.append(given) or own(*given))
     return seen
 
 
@@ -92,29 +87,13 @@ def test_what_the_core_cannot_read_is_left_to_torch(calls):
     assert not calls
 
 
-def test_what_there_is_not_is_refused_by_the_core():
-    hidden, weight, _ = drawn(1)
-    out = torch.empty(1, 24)
-    addresses = [weight.data_ptr(), 0, hidden.data_ptr(), out.data_ptr()]
-    with pytest.raises(TypeError, match="float64"):
-        _core.few_rows("float64", *addresses, 1, 24, 16, 1)
-    for place, wrong in ((0, 0), (2, 0), (3, 0), (1, 2), (2, hidden.data_ptr() + 1)):
-        given = [*addresses]
-        given[place] = wrong
-        with pytest.raises(ValueError, match="nothing to multiply"):
-            _core.few_rows("float32", *given, 1, 24, 16, 1)
-    for sizes in ((0, 24, 16), (1, 0, 16), (1, 24, 0)):
-        with pytest.raises(ValueError, match="nothing to multiply"):
-            _core.few_rows("float32", *addresses, *sizes, 1)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rows", [1, 3, 4, 9])
 @pytest.mark.parametrize("biased", [False, True])
 def test_halves_by_either_product_of_torch(monkeypatch, rows, dtype, biased):
     """Widened for the product, they are summed in float32 and rounded once."""
     hidden, weight, bias = drawn(rows, dtype, biased)
-    monkeypatch.setattr(products, "_OURS", False)
+    monkeypatch.setattr(few, "IS_FAST", False)
     monkeypatch.setattr(products, "_PART", 7)
     for widens in (True, False):
         monkeypatch.setattr(products, "WIDENS_HALVES", widens)
@@ -142,19 +121,3 @@ def test_a_weight_that_could_be_trained_is_read_where_nothing_is_learnt(calls):
     with torch.inference_mode():
         products.linear(hidden, weight, None)
     assert len(calls) == 2
-
-
-def test_without_vector_instructions_torch_multiplies():
-    """In a process of its own: what the core computes with is chosen once."""
-    code = "from offramp import _core; import torch; from offramp.llm import products; print(products._OURS)"
-    for isa in ("portable", "avx2"):
-        if isa in _core.instruction_sets():
-            done = subprocess.run(
-                [sys.executable, "-c", code],
-                env={"OFFRAMP_ISA": isa, "PATH": ""},
-                capture_output=True,
-                check=False,
-                text=True,
-            )
-            expected = isa != "portable" and _core.multiplies_few_rows()
-            assert done.stdout.strip() == str(expected), done.stderr

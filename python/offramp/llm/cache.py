@@ -43,6 +43,17 @@ class GrowingLayer(DynamicLayer):
         value_buffer[:, self._length : end] = values
         return self._show(end)
 
+    def extend(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Count rows as appended that the caller writes: returns the buffers (batch, capacity, heads, head size).
+
+        There must be some rows already.
+        """
+        assert self._buffers is not None
+        end = self._length + count
+        buffers = self._reserve(*self._buffers, end)
+        self._show(end)
+        return buffers
+
     def get_seq_length(self) -> int:
         """Tokens this layer has seen."""
         return self._length

@@ -11,7 +11,7 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property
 from operator import is_
 from typing import Any
 
@@ -19,10 +19,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from offramp.llm import few
 from offramp.llm.cache import GrowingCache, GrowingLayer
+from offramp.llm.few import Linear
 from offramp.llm.products import linear, widens
 
-Linear = tuple[torch.Tensor, torch.Tensor | None]
 Map = Callable[[torch.Tensor], torch.Tensor]
 Rotary = tuple[torch.Tensor, torch.Tensor]
 
@@ -150,6 +151,59 @@ class LeanLayer:
         hidden = self._add(hidden, attended, self.after_attention)
         normed = self.before_block(hidden) if self.before_block else hidden
         return self._add(hidden, self._feed(normed), self.after_block)
+
+    @cached_property
+    def is_common(self) -> bool:
+        """Whether it is arranged as Llama's: what `step` can do."""
+        return (
+            isinstance(self.before_attention, _RMSNorm)
+            and isinstance(self.before_block, _RMSNorm)
+            and self.after_attention is None
+            and self.after_block is None
+            and self.query_norm is None
+            and not self.beside
+            and self.gated
+            and self.activation is functional.silu
+            and self.residual == 1
+        )
+
+    def is_plain(self, dtype: torch.dtype) -> bool:
+        """Whether its parameters are what `step` can read, for rows of a dtype."""
+        norms = (
+            norm.weight for norm in (self.before_attention, self.before_block) if isinstance(norm, _RMSNorm)
+        )
+        linears = (*self.projections, self.output, *self.block, self.down)
+        given = (tensor for linear in linears for tensor in linear if tensor is not None)
+        return few.are_plain(dtype, (*norms, *given))
+
+    def step(
+        self,
+        hidden: torch.Tensor,
+        rotary: Rotary | None,
+        partner: torch.Tensor,
+        cache: GrowingLayer,
+        picked: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Compute what `run` does over a few rows (R, H) of one sequence, after others, in five calls of the core."""
+        assert isinstance(self.before_attention, _RMSNorm)
+        assert isinstance(self.before_block, _RMSNorm)
+        wide, narrow, _ = self.widths
+        seen = cache.get_seq_length()
+        mixed = few.attend(
+            few.multiply(hidden, self.projections, norm=self.before_attention.parts),
+            (wide // self.head_size, narrow // self.head_size, self.head_size),
+            rotary,
+            partner,
+            cache.extend(len(hidden)),
+            seen,
+            self.scaling,
+            self.window,
+        )
+        if picked is not None:
+            hidden, mixed = hidden[picked], mixed[picked]
+        hidden = few.multiply(mixed, [self.output], residual=hidden)
+        fed = few.multiply(hidden, _halves(self.block), norm=self.before_block.parts, gated=True)
+        return few.multiply(fed, [self.down], residual=hidden)
 
     def _add(self, hidden: torch.Tensor, new: torch.Tensor, norm: Map | None) -> torch.Tensor:
         if norm is not None:
@@ -290,16 +344,21 @@ class Lean:
         if cache is None and padding is None:
             # Where nothing but order says what is seen.
             masks[None] = None
+        steps = batch == 1 and padding is None and length > queries and hidden.is_contiguous()
+        steps = steps and few.are_few(hidden)
         for layer, held in zip(layers, caches, strict=False):
             if layer.kind not in rotary and layer.kind is not None:
                 cosines, sines = self._table(layer.kind, length, hidden)
                 rotary[layer.kind] = cosines[positions].unsqueeze(2), sines[positions].unsqueeze(2)
+            wanted = picked if layer is layers[-1] else None
+            if steps and held is not None and layer.is_common and layer.is_plain(hidden.dtype):
+                hidden = layer.step(hidden, rotary[layer.kind], self._partner, held, wanted)
+                continue
             if layer.window not in masks:
                 groups = layer.widths[0] // layer.widths[1]
                 masks[layer.window] = attention_mask(
                     length, queries, groups, padding, layer.window, hidden.device
                 )
-            wanted = picked if layer is layers[-1] else None
             hidden = layer.run(
                 hidden, batch, rotary[layer.kind], self._partner, masks[layer.window], held, wanted
             )
@@ -469,7 +528,22 @@ def _norm(owner: Any, name: str | None) -> Map | None:
     if not _is_rms(norm):
         found: Map = norm
         return found
-    return partial(_rms_norm, weight=norm.weight, eps=float(norm.variance_epsilon))
+    return _RMSNorm(norm.weight, float(norm.variance_epsilon))
+
+
+@dataclass(frozen=True, eq=False)
+class _RMSNorm:
+    """An RMS norm and no more."""
+
+    weight: torch.Tensor
+    eps: float
+
+    @property
+    def parts(self) -> tuple[torch.Tensor, float]:
+        return self.weight, self.eps
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        return _rms_norm(hidden, self.weight, self.eps)
 
 
 def _is_rms(norm: nn.Module) -> bool:
@@ -496,6 +570,15 @@ def _activation(mlp: Any) -> Map:
     return (
         functional.silu if isinstance(found, nn.SiLU) or type(found).__name__ == "SiLUActivation" else found
     )
+
+
+def _halves(block: list[Linear]) -> list[Linear]:
+    """Gate and up, also where they are one."""
+    if len(block) == 2:
+        return block
+    ((weight, bias),) = block
+    biases = (None, None) if bias is None else bias.chunk(2)
+    return list(zip(weight.chunk(2), biases, strict=True))
 
 
 def _linears(owner: Any, *names: str) -> list[Linear]:

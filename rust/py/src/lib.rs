@@ -6,7 +6,7 @@ mod error;
 mod guarantee;
 mod isa;
 #[expect(unsafe_code, reason = "torch's memory, known by its address")]
-mod product;
+mod step;
 #[expect(
     unsafe_code,
     reason = "a function of C, by which torch's threads are asked"
@@ -26,7 +26,7 @@ mod _core {
     #[pymodule_export]
     use super::isa::{instruction_set_name, instruction_sets};
     #[pymodule_export]
-    use super::product::{few_rows, multiplies_few_rows};
+    use super::step::{attend_rows, multiply_rows, steps_fast};
 
     #[pymodule_export]
     use super::guarantee::{

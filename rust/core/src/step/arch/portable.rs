@@ -14,8 +14,11 @@ impl Simd for Portable {
     const TOGETHER: usize = 2;
 
     #[inline(always)]
-    fn zero(self) -> Lanes {
-        [0.0; LANES]
+    fn fetch<T>(self, _: &T) {}
+
+    #[inline(always)]
+    fn splat(self, value: f32) -> Lanes {
+        [value; LANES]
     }
 
     #[inline(always)]

@@ -1,34 +1,19 @@
 //! One AVX-512 register for sixteen lanes; of the extensions, F and DQ suffice.
 
-use super::super::Part;
-use super::super::lanes::{self, CHUNK, Chunk, LANES, Number, Simd};
+use super::super::lanes::{CHUNK, LANES, Simd};
+use super::Work;
 use crate::isa::Avx512;
 use half::{bf16, f16};
 use std::arch::x86_64::*;
 
-pub(super) fn widen<T: Number>(avx512: Avx512, rows: &[T], width: usize) -> Vec<Chunk> {
+pub(super) fn run<W: Work>(avx512: Avx512, work: W) -> W::Output {
     // SAFETY: `avx512` proves that the processor has what the function is compiled for.
-    unsafe { widen_with_avx512(avx512, rows, width) }
-}
-
-pub(super) fn multiply<T: Number>(avx512: Avx512, part: Part<'_, T>, rows: &[Chunk], width: usize) {
-    // SAFETY: as above.
-    unsafe { multiply_with_avx512(avx512, part, rows, width) }
+    unsafe { run_with_avx512(avx512, work) }
 }
 
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")]
-fn widen_with_avx512<T: Number>(avx512: Avx512, rows: &[T], width: usize) -> Vec<Chunk> {
-    lanes::widen(avx512, rows, width)
-}
-
-#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")]
-fn multiply_with_avx512<T: Number>(
-    avx512: Avx512,
-    part: Part<'_, T>,
-    rows: &[Chunk],
-    width: usize,
-) {
-    lanes::multiply(avx512, part, rows, width)
+fn run_with_avx512<W: Work>(avx512: Avx512, work: W) -> W::Output {
+    work.run(avx512)
 }
 
 impl Simd for Avx512 {
@@ -36,9 +21,15 @@ impl Simd for Avx512 {
     const TOGETHER: usize = 8;
 
     #[inline(always)]
-    fn zero(self) -> Self::Lanes {
+    fn fetch<T>(self, number: &T) {
+        // SAFETY: `self` proves AVX-512 F, and with it SSE; nothing is read but what the reference is to.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(number).cast()) }
+    }
+
+    #[inline(always)]
+    fn splat(self, value: f32) -> Self::Lanes {
         // SAFETY: `self` proves AVX-512 F.
-        unsafe { _mm512_setzero_ps() }
+        unsafe { _mm512_set1_ps(value) }
     }
 
     #[inline(always)]

@@ -1,29 +1,19 @@
 //! Two AVX registers for sixteen lanes; float16 through F16C.
 
-use super::super::Part;
-use super::super::lanes::{self, CHUNK, Chunk, LANES, Number, Simd};
+use super::super::lanes::{CHUNK, LANES, Simd};
+use super::Work;
 use crate::isa::Avx2;
 use half::{bf16, f16};
 use std::arch::x86_64::*;
 
-pub(super) fn widen<T: Number>(avx2: Avx2, rows: &[T], width: usize) -> Vec<Chunk> {
+pub(super) fn run<W: Work>(avx2: Avx2, work: W) -> W::Output {
     // SAFETY: `avx2` proves that the processor has what the function is compiled for.
-    unsafe { widen_with_avx2(avx2, rows, width) }
-}
-
-pub(super) fn multiply<T: Number>(avx2: Avx2, part: Part<'_, T>, rows: &[Chunk], width: usize) {
-    // SAFETY: as above.
-    unsafe { multiply_with_avx2(avx2, part, rows, width) }
+    unsafe { run_with_avx2(avx2, work) }
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
-fn widen_with_avx2<T: Number>(avx2: Avx2, rows: &[T], width: usize) -> Vec<Chunk> {
-    lanes::widen(avx2, rows, width)
-}
-
-#[target_feature(enable = "avx2,fma,f16c")]
-fn multiply_with_avx2<T: Number>(avx2: Avx2, part: Part<'_, T>, rows: &[Chunk], width: usize) {
-    lanes::multiply(avx2, part, rows, width)
+fn run_with_avx2<W: Work>(avx2: Avx2, work: W) -> W::Output {
+    work.run(avx2)
 }
 
 impl Simd for Avx2 {
@@ -32,9 +22,15 @@ impl Simd for Avx2 {
     const TOGETHER: usize = 2;
 
     #[inline(always)]
-    fn zero(self) -> Self::Lanes {
+    fn fetch<T>(self, number: &T) {
+        // SAFETY: `self` proves AVX2, and with it SSE; nothing is read but what the reference is to.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(number).cast()) }
+    }
+
+    #[inline(always)]
+    fn splat(self, value: f32) -> Self::Lanes {
         // SAFETY: `self` proves AVX2.
-        unsafe { [_mm256_setzero_ps(); 2] }
+        unsafe { [_mm256_set1_ps(value); 2] }
     }
 
     #[inline(always)]

@@ -1,0 +1,31 @@
+//! What a step of decoding computes over the few rows it has: products with every weight, and attention.
+//!
+//! Both take as long as what they read takes to be read, so both read it once and in order, and what is between them
+//! (norms, activations, sums) is done on the way.  [`lanes`] holds what they are made of, once, for every instruction
+//! set.  What comes out has the same bits whatever the instructions, the threads and the rows beside it, and is
+//! rounded to the type of the model wherever a tensor of it would be.
+
+mod arch;
+mod attention;
+mod lanes;
+mod product;
+
+pub use attention::{Attention, Heads, Rotary};
+pub use lanes::Number;
+pub use product::{Finish, Linear, Norm, Product, Rows};
+
+use std::sync::{Mutex, PoisonError};
+
+/// What is left to do, for whoever of a team asks next.
+struct Queue<P>(Mutex<std::vec::IntoIter<P>>);
+
+impl<P> Queue<P> {
+    fn of(parts: Vec<P>) -> Self {
+        Self(Mutex::new(parts.into_iter()))
+    }
+
+    fn next(&self) -> Option<P> {
+        // Poisoning cannot matter: to take from the list cannot panic.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).next()
+    }
+}

@@ -1,0 +1,314 @@
+//! What a step is made of, once: sums of products in two times sixteen float32 lanes, whatever the processor's vectors
+//! are, and functions of one number that a compiler turns into vectors.
+//!
+//! A weight is read in chunks of 32 numbers, in order and once, and each chunk is multiplied with that of every row.
+//! Of bfloat16 the even numbers go to the first sixteen lanes and the odd ones to the others, which takes one
+//! instruction each; of other types the first half and the second.  Rows are widened once, into the same order.
+
+use half::{bf16, f16};
+
+pub(super) const LANES: usize = 16;
+pub(super) const CHUNK: usize = 2 * LANES;
+
+/// Sixteen float32 lanes and what a step does with them: all an instruction set has to provide.
+pub trait Simd: Copy {
+    /// One float32 a lane.
+    type Lanes: Copy;
+    /// For so many rows at once the sums stay in registers: at most [`MOST_TOGETHER`].
+    const TOGETHER: usize;
+
+    /// Ask for what will be read soon.
+    fn fetch<T>(self, number: &T);
+    fn splat(self, value: f32) -> Self::Lanes;
+    fn load(self, values: &[f32; LANES]) -> Self::Lanes;
+    fn store(self, a: Self::Lanes, values: &mut [f32; LANES]);
+    fn load_f32(self, numbers: &[f32; CHUNK]) -> [Self::Lanes; 2];
+    fn load_f16(self, numbers: &[f16; CHUNK]) -> [Self::Lanes; 2];
+    /// The even numbers and the odd ones.
+    fn load_bf16(self, numbers: &[bf16; CHUNK]) -> [Self::Lanes; 2];
+
+    fn add(self, a: Self::Lanes, b: Self::Lanes) -> Self::Lanes;
+    /// `a * b + c`, rounded once.
+    fn mul_add(self, a: Self::Lanes, b: Self::Lanes, c: Self::Lanes) -> Self::Lanes;
+    /// Lane i plus lane i + 8, of these i plus i + 4, then i + 2, then i + 1.
+    fn sum(self, a: Self::Lanes) -> f32;
+}
+
+pub(super) const MOST_TOGETHER: usize = 8;
+
+/// A type of numbers: `f32`, `f16` or `bf16`.
+pub trait Number: Copy + Send + Sync + 'static + sealed::Number {}
+
+impl Number for f32 {}
+impl Number for f16 {}
+impl Number for bf16 {}
+
+mod sealed {
+    use super::{CHUNK, LANES, Simd};
+    use half::{bf16, f16};
+
+    pub trait Number: Sized {
+        const ZERO: Self;
+        fn to_f32(self) -> f32;
+        fn from_f32(value: f32) -> Self;
+        fn load<S: Simd>(simd: S, numbers: &[Self; CHUNK]) -> [S::Lanes; 2];
+        /// Where in a chunk a lane of the first or second sixteen comes from.
+        fn place(half: usize, lane: usize) -> usize;
+    }
+
+    macro_rules! number {
+        ($float:ty, $zero:expr, $to_f32:expr, $from_f32:expr, $load:ident, $place:expr) => {
+            impl Number for $float {
+                const ZERO: Self = $zero;
+
+                #[inline(always)]
+                fn to_f32(self) -> f32 {
+                    $to_f32(self)
+                }
+
+                #[inline(always)]
+                fn from_f32(value: f32) -> Self {
+                    $from_f32(value)
+                }
+
+                #[inline(always)]
+                fn load<S: Simd>(simd: S, numbers: &[Self; CHUNK]) -> [S::Lanes; 2] {
+                    simd.$load(numbers)
+                }
+
+                #[inline(always)]
+                fn place(half: usize, lane: usize) -> usize {
+                    $place(half, lane)
+                }
+            }
+        };
+    }
+
+    #[inline(always)]
+    fn in_halves(half: usize, lane: usize) -> usize {
+        half * LANES + lane
+    }
+
+    #[inline(always)]
+    fn in_turns(half: usize, lane: usize) -> usize {
+        2 * lane + half
+    }
+
+    /// Without a branch, so that a compiler can do many at once; the library's makes a quiet number of NaN first.
+    #[inline(always)]
+    fn widened(number: bf16) -> f32 {
+        f32::from_bits(u32::from(number.to_bits()) << 16)
+    }
+
+    /// To the nearest, of two the even one.
+    #[inline(always)]
+    fn narrowed(value: f32) -> bf16 {
+        let bits = value.to_bits();
+        let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1));
+        let kept = if value.is_nan() {
+            bits | 0x40_0000
+        } else {
+            rounded
+        };
+        bf16::from_bits((kept >> 16) as u16)
+    }
+
+    number!(f32, 0.0, f32::from, f32::from, load_f32, in_halves);
+    number!(
+        f16,
+        f16::ZERO,
+        f16::to_f32,
+        f16::from_f32,
+        load_f16,
+        in_halves
+    );
+    number!(bf16, bf16::ZERO, widened, narrowed, load_bf16, in_turns);
+}
+
+/// A chunk of a row in float32, in the order its lanes are loaded in; no load crosses a line of the cache.
+#[derive(Clone, Copy)]
+#[repr(align(64))]
+pub(super) struct Chunk([[f32; LANES]; 2]);
+
+/// Rows (R, width) in groups of as many as are multiplied together, in each group chunk by chunk of all its rows.
+#[inline(always)]
+pub(super) fn widen<S: Simd, T: Number>(simd: S, rows: &[T], width: usize) -> Vec<Chunk> {
+    let chunks = chunks(width);
+    let mut widened = Vec::with_capacity(rows.len() / width * chunks);
+    for group in rows.chunks(together::<S>(width) * width) {
+        for place in 0..chunks {
+            for row in group.chunks_exact(width) {
+                let [a, b] = T::load(simd, &chunk_at(row, place * CHUNK));
+                let mut chunk = Chunk([[0.0; LANES]; 2]);
+                simd.store(a, &mut chunk.0[0]);
+                simd.store(b, &mut chunk.0[1]);
+                widened.push(chunk);
+            }
+        }
+    }
+    widened
+}
+
+/// The chunk that starts at `start`, filled up with zeros.
+#[inline(always)]
+pub(super) fn chunk_at<T: Number>(row: &[T], start: usize) -> [T; CHUNK] {
+    let mut chunk = [T::ZERO; CHUNK];
+    let there = CHUNK.min(row.len() - start);
+    chunk[..there].copy_from_slice(&row[start..start + there]);
+    chunk
+}
+
+/// Bytes of rows that are multiplied together, so that they stay in the fastest cache beside a weight's.
+const ROWS_AT_HAND: usize = 24 << 10;
+
+/// How many rows of so many numbers are multiplied together.
+#[inline(always)]
+pub(super) fn together<S: Simd>(width: usize) -> usize {
+    (ROWS_AT_HAND / (width * size_of::<f32>())).clamp(1, S::TOGETHER)
+}
+
+/// How many chunks a row of so many numbers has.
+#[inline(always)]
+pub(super) fn chunks(width: usize) -> usize {
+    width.div_ceil(CHUNK)
+}
+
+/// The sums for a group of `count` rows; what is beyond them is 0.
+#[inline(always)]
+pub(super) fn dots<S: Simd, T: Number>(
+    simd: S,
+    weight: &[T],
+    group: &[Chunk],
+    count: usize,
+) -> [f32; MOST_TOGETHER] {
+    match count {
+        1 => dots_of::<S, T, 1>(simd, weight, group),
+        2 => dots_of::<S, T, 2>(simd, weight, group),
+        3 => dots_of::<S, T, 3>(simd, weight, group),
+        4 => dots_of::<S, T, 4>(simd, weight, group),
+        5 => dots_of::<S, T, 5>(simd, weight, group),
+        6 => dots_of::<S, T, 6>(simd, weight, group),
+        7 => dots_of::<S, T, 7>(simd, weight, group),
+        _ => dots_of::<S, T, 8>(simd, weight, group),
+    }
+}
+
+// Loops over indices: what an iterator's closure does with lanes is not compiled for the instruction set everywhere.
+#[inline(always)]
+fn dots_of<S: Simd, T: Number, const R: usize>(
+    simd: S,
+    weight: &[T],
+    group: &[Chunk],
+) -> [f32; MOST_TOGETHER] {
+    let mut sums = [[simd.splat(0.0); 2]; R];
+    let (whole, rest) = weight.as_chunks::<CHUNK>();
+    let (group, _) = group.as_chunks::<R>();
+    for (numbers, rows) in whole.iter().zip(group) {
+        add_products(simd, numbers, rows, &mut sums);
+    }
+    if let (false, Some(rows)) = (rest.is_empty(), group.last()) {
+        add_products(simd, &chunk_at(rest, 0), rows, &mut sums);
+    }
+    let mut found = [0.0; MOST_TOGETHER];
+    for row in 0..R {
+        found[row] = simd.sum(simd.add(sums[row][0], sums[row][1]));
+    }
+    found
+}
+
+#[inline(always)]
+fn add_products<S: Simd, T: Number, const R: usize>(
+    simd: S,
+    numbers: &[T; CHUNK],
+    rows: &[Chunk; R],
+    sums: &mut [[S::Lanes; 2]; R],
+) {
+    let [a, b] = T::load(simd, numbers);
+    for row in 0..R {
+        let [first, second] = &rows[row].0;
+        sums[row][0] = simd.mul_add(a, simd.load(first), sums[row][0]);
+        sums[row][1] = simd.mul_add(b, simd.load(second), sums[row][1]);
+    }
+}
+
+/// The sum of the squares of numbers.
+#[inline(always)]
+pub(super) fn sum_of_squares<S: Simd, T: Number>(simd: S, numbers: &[T]) -> f32 {
+    let mut sums = [simd.splat(0.0); 2];
+    let (whole, rest) = numbers.as_chunks::<CHUNK>();
+    for chunk in whole {
+        add_squares(simd, chunk, &mut sums);
+    }
+    if !rest.is_empty() {
+        add_squares(simd, &chunk_at(rest, 0), &mut sums);
+    }
+    simd.sum(simd.add(sums[0], sums[1]))
+}
+
+#[inline(always)]
+fn add_squares<S: Simd, T: Number>(simd: S, chunk: &[T; CHUNK], sums: &mut [S::Lanes; 2]) {
+    let [a, b] = T::load(simd, chunk);
+    sums[0] = simd.mul_add(a, a, sums[0]);
+    sums[1] = simd.mul_add(b, b, sums[1]);
+}
+
+/// `x / (1 + exp(-x))`.
+#[inline(always)]
+pub(super) fn silu(x: f32) -> f32 {
+    x / (1.0 + exp(-x))
+}
+
+/// Adding it to a small float32 leaves the rounded integer in the low bits, on top of a float32's exponent bias.
+const ROUNDER: f32 = 12_582_912.0 + 127.0; // 1.5 * 2^23 + bias
+// ln 2 as two float32, the first with so few bits that a product with an exponent is exact.
+const LN_2: [f32; 2] = [0.693_359_4, -2.121_944_4e-4];
+// exp(r) for |r| <= ln(2)/2 to 4e-9 relative: 1 + r + r^2 (C[0] + C[1] r + C[2] r^2 + ...), minimax.
+const C: [f32; 5] = [
+    0.499_999_94,
+    0.166_665_21,
+    0.041_668_39,
+    0.008_368_745,
+    0.001_381_454,
+];
+
+/// The exponential to 1.5 units in the last place; of what is below -87 that of -87, of what is above 88 that of 88.
+#[inline(always)]
+pub(super) fn exp(x: f32) -> f32 {
+    // Comparisons that leave NaN as it is.
+    let x = if x < -87.0 { -87.0 } else { x };
+    let x = if x > 88.0 { 88.0 } else { x };
+    let rounded = x.mul_add(std::f32::consts::LOG2_E, ROUNDER);
+    let power = rounded - ROUNDER;
+    let rest = power.mul_add(-LN_2[1], power.mul_add(-LN_2[0], x));
+    let series = rest.mul_add(C[4], C[3]);
+    let series = rest.mul_add(series, C[2]);
+    let series = rest.mul_add(series, C[1]);
+    let series = rest.mul_add(series, C[0]);
+    let value = (rest * rest).mul_add(series, rest) + 1.0;
+    value * f32::from_bits(rounded.to_bits() << 23)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_exponential_is_near_that_of_float64() {
+        for step in -870_000..=880_000 {
+            let x = step as f32 / 10_000.0;
+            let exact = f64::from(x).exp();
+            let error = (f64::from(exp(x)) - exact).abs() / exact;
+            assert!(error < 1.5 * f64::from(f32::EPSILON), "{x}: {error:e}");
+        }
+        assert_eq!(exp(0.0), 1.0);
+        assert_eq!((exp(-200.0), exp(200.0)), (exp(-87.0), exp(88.0)));
+        assert!(exp(f32::NAN).is_nan());
+    }
+
+    #[test]
+    fn silu_ends_where_it_should() {
+        assert_eq!((silu(0.0), silu(100.0)), (0.0, 100.0));
+        assert!(silu(-100.0).abs() < 1e-30);
+        assert!(silu(f32::NAN).is_nan());
+    }
+}

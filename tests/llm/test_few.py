@@ -1,0 +1,184 @@
+"""Few rows through a layer by the compiled core: what the lean layer's own operations give, to rounding."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from offramp import _core
+from offramp.llm import few, lean
+from offramp.llm.trunk import Trunk
+from test_families import make as build
+
+fast = pytest.mark.skipif(not few.IS_FAST, reason="needs vector instructions and torch on OpenMP")
+# Arranged as Llama's: with a window, with biases, with all in one matrix, and without angles in some layers.
+COMMON = [
+    "Llama",
+    "Mistral",
+    "Mistral, sliding",
+    "Qwen2",
+    "Qwen2, sliding",
+    "Phi3",
+    "Phi3, sliding",
+    "SmolLM3",
+]
+OTHERS = ["Qwen3", "Gemma2", "Olmo2", "Granite", "Cohere", "Phi"]
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The rows that attended in the core."""
+    seen, own = [], _core.attend_rows
+    monkeypatch.setattr(_core, "attend_rows", lambda *given: seen.append(given[5]) or own(*given))
+    return seen
+
+
+def decoded(trunk, widths, length=5):
+    """Outputs of all layers, keys and values after a prefill and runs of so many rows."""
+    generator = torch.Generator().manual_seed(3)
+    total = length + sum(widths)
+    hidden = torch.randn(1, total, trunk.hidden_size, generator=generator).to(trunk.dtype)
+    positions = torch.arange(total)[None]
+    cache, found, start = trunk.new_cache(), [], 0
+    for width in (length, *widths):
+        part = slice(start, start + width)
+        found.append(
+            trunk.run(hidden[:, part], 0, trunk.num_layers, cache=cache, positions=positions[:, part])
+        )
+        start += width
+    kept = [tensor for layer in cache.growing for tensor in (layer.keys, layer.values)]
+    return torch.cat(found, dim=1), kept
+
+
+@fast
+@torch.no_grad()
+@pytest.mark.parametrize("family", COMMON)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_it_gives_what_the_layers_own_operations_give(family, dtype, calls, monkeypatch):
+    trunk = Trunk(build(family).to(dtype))
+    ours, kept = decoded(trunk, (1, 3, 8, 1))
+    assert calls == [rows for rows in (1, 3, 8, 1) for _ in range(trunk.num_layers)]
+    monkeypatch.setattr(few, "IS_FAST", False)
+    theirs, others = decoded(trunk, (1, 3, 8, 1))
+    assert len(calls) == 4 * trunk.num_layers
+    tolerance = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}[dtype]
+    for mine, other in zip([ours, *kept], [theirs, *others], strict=True):
+        torch.testing.assert_close(mine, other, rtol=tolerance, atol=tolerance)
+
+
+@fast
+@torch.no_grad()
+def test_a_row_comes_out_the_same_beside_whatever_rows():
+    """To the bit in bfloat16, which no product of torch does."""
+    trunk = Trunk(build("Llama").bfloat16())
+    together, _ = decoded(trunk, (8,))
+    for widths in ((1,) * 8, (3, 5), (2, 1, 4, 1)):
+        assert torch.equal(decoded(trunk, widths)[0], together)
+
+
+@fast
+@torch.no_grad()
+@pytest.mark.parametrize("family", OTHERS)
+def test_layers_that_are_arranged_otherwise_are_left_alone(family, calls):
+    decoded(Trunk(build(family)), (1, 3))
+    assert not calls
+
+
+@fast
+@torch.no_grad()
+def test_what_it_cannot_do_is_left_to_the_layers_operations(calls):
+    model = build("Llama")
+    trunk = Trunk(model)
+    decoded(trunk, (17,))
+    assert not calls, "many rows"
+    hidden = torch.randn(2, 6, trunk.hidden_size)
+    cache, positions = trunk.new_cache(), torch.arange(6)[None].expand(2, 6)
+    for part in (slice(0, 5), slice(5, 6)):
+        trunk.run(hidden[:, part], 0, 2, cache=cache, positions=positions[:, part])
+    cache = trunk.new_cache()
+    mask = torch.tensor([[0, 1, 1, 1, 1, 1]])
+    for part in (slice(0, 5), slice(5, 6)):
+        trunk.run(hidden[:1, part], 0, 2, cache=cache, positions=positions[:1, part], attention_mask=mask)
+    assert not calls, "several sequences, or padding"
+    model.model.layers[0].mlp.down_proj.weight.data = (
+        model.model.layers[0].mlp.down_proj.weight.data.T.contiguous().T
+    )
+    decoded(trunk, (1,))
+    assert len(calls) == trunk.num_layers - 1, "a weight in another order"
+
+
+@fast
+def test_gradients_are_torchs(calls):
+    trunk = Trunk(build("Llama").requires_grad_(True))
+    with torch.enable_grad():
+        found, _ = decoded(trunk, (2,))
+        found.sum().backward()
+    assert not calls
+    assert trunk.layers[0].mlp.down_proj.weight.grad.abs().sum() > 0
+
+
+@fast
+@torch.no_grad()
+def test_the_last_layer_computes_picked_rows_alone():
+    trunk = Trunk(build("Llama"))
+    form = trunk.lean_form(list(trunk.layers))
+    hidden, positions = torch.randn(1, 9, trunk.hidden_size), torch.arange(9)[None]
+
+    def run(picked):
+        cache = trunk.new_cache()
+        trunk.run(hidden[:, :5], 0, trunk.num_layers, cache=cache, positions=positions[:, :5])
+        return trunk.run_lean(form, hidden[:, 5:], 0, cache=cache, positions=positions[:, 5:], picked=picked)
+
+    assert torch.equal(run(torch.tensor([3, 1])), run(None)[0, [3, 1]])
+
+
+@fast
+def test_addresses_of_nothing_are_refused():
+    rows, weight, out = torch.ones(1, 16), torch.ones(24, 16), torch.empty(1, 24)
+
+    def multiply(dtype="float32", linears=((0, 0),), at=(0, 0), sizes=(1, 16), **more):
+        given = [(weight.data_ptr() + weight_at, bias, 24) for weight_at, bias in linears]
+        memory = (rows.data_ptr() + at[0], out.data_ptr() + at[1])
+        _core.multiply_rows(dtype, given, *memory, *sizes, 1, **more)
+
+    multiply()
+    assert torch.equal(out, torch.full((1, 24), 16.0))
+    with pytest.raises(TypeError, match="float64"):
+        multiply("float64")
+    for wrong in (
+        {"linears": ((-weight.data_ptr(), 0),)},
+        {"linears": ((1, 0),)},
+        {"linears": ((0, 2),)},
+        {"at": (-rows.data_ptr(), 0)},
+        {"at": (0, 2)},
+        {"sizes": (0, 16)},
+        {"sizes": (1, 0)},
+        {"norm": (2, 1e-5)},
+        {"residual": 2},
+        {"gated": True},
+    ):
+        with pytest.raises(ValueError, match=r"nothing at this address|two weights"):
+            multiply(**wrong)
+
+
+def test_the_norm_in_between_is_the_lean_one():
+    """What the core reads of a norm is what the lean form of it computes with."""
+    layer = lean.describe(build("Llama").model.layers, build("Llama").model, build("Llama").config).layers[0]
+    assert layer.before_attention.parts == (layer.before_attention.weight, layer.before_attention.eps)
+
+
+def test_without_vector_instructions_nothing_is_done_here():
+    """In processes of their own: what the core computes with is chosen once."""
+    code = "import torch; from offramp.llm import few; print(few.IS_FAST)"
+    for isa in ("portable", "avx2"):
+        if isa in _core.instruction_sets():
+            done = subprocess.run(
+                [sys.executable, "-c", code],
+                env={"OFFRAMP_ISA": isa, "PATH": ""},
+                capture_output=True,
+                check=False,
+                text=True,
+            )
+            assert done.stdout.strip() == str(isa != "portable" and few.IS_FAST), done.stderr
