@@ -53,7 +53,7 @@ def multiply_rows(
     count: int,
     width: int,
     threads: int,
-    norm: tuple[int, float] = (0, 0.0),
+    norm: tuple[int, float] | None = None,
     residual: int = 0,
     gated: bool = False,
 ) -> None: ...

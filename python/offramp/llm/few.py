@@ -83,7 +83,7 @@ def multiply(
         rows.numel() // width,
         width,
         torch.get_num_threads(),
-        (0, 0.0) if norm is None else (norm[0].data_ptr(), norm[1]),
+        None if norm is None else (norm[0].data_ptr(), norm[1]),
         0 if residual is None else residual.data_ptr(),
         gated,
     )

@@ -33,7 +33,7 @@ macro_rules! of_dtype {
 /// products are of two weights, the second's times `silu` of the first's.  Memory is given by its address, 0 where
 /// there is none; it is contiguous, of the dtype, and nobody writes to it meanwhile.
 #[pyfunction]
-#[pyo3(signature = (dtype, linears, rows, out, count, width, threads, norm=(0, 0.0), residual=0, gated=false))]
+#[pyo3(signature = (dtype, linears, rows, out, count, width, threads, norm=None, residual=0, gated=false))]
 #[expect(
     clippy::too_many_arguments,
     reason = "a call for each product of a step"
@@ -47,7 +47,7 @@ pub fn multiply_rows(
     count: usize,
     width: usize,
     threads: u32,
-    norm: (usize, f64),
+    norm: Option<(usize, f64)>,
     residual: usize,
     gated: bool,
 ) -> PyResult<()> {
@@ -70,7 +70,7 @@ struct Multiplication {
     out: usize,
     count: usize,
     width: usize,
-    norm: (usize, f64),
+    norm: Option<(usize, f64)>,
     residual: usize,
     gated: bool,
 }
@@ -95,10 +95,13 @@ impl Multiplication {
         if self.gated && linears.len() != 2 {
             return Err(PyValueError::new_err("a gated block has two weights"));
         }
-        let norm = maybe(self.norm.0, width)?.map(|weight| Norm {
-            weight,
-            eps: self.norm.1,
-        });
+        let norm = match self.norm {
+            None => None,
+            Some((weight, eps)) => Some(Norm {
+                weight: numbers(weight, width)?,
+                eps,
+            }),
+        };
         let finish = match maybe(self.residual, count * height)? {
             _ if self.gated => Finish::Gate,
             Some(residual) => Finish::Add(residual),
