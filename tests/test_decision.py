@@ -234,7 +234,7 @@ def test_layouts_are_read_correctly_and_left_alone():
     expected = top2_margin(logits)
     frozen = logits.copy()
     frozen.flags.writeable = False
-    unaligned = np.frombuffer(b"\0" + logits.tobytes(), np.uint8)[1:].view(np.float32).reshape(logits.shape)
+    unaligned = np.frombuffer(bytearray(b"\0" + logits.tobytes()), np.uint8)[1:].view(np.float32).reshape(logits.shape)
     wide = np.repeat(logits, 2, axis=1)
     for view in (frozen, np.asfortranarray(logits), unaligned, wide[:, ::2], logits.astype(">f4")):
         before = view.tobytes()
@@ -243,6 +243,8 @@ def test_layouts_are_read_correctly_and_left_alone():
         np.testing.assert_array_equal(margin, expected[1])
         assert top2_margin(view[2]) == (expected[0][2], expected[1][2])
         assert view.tobytes() == before
+    for tensor in (torch.from_numpy(unaligned), torch.from_numpy(wide)[:, ::2], torch.from_numpy(logits)):
+        assert top2_margin(tensor[2]) == (expected[0][2], expected[1][2])
 
 
 def test_argmax_agrees_with_torch_and_numpy_on_ties():
@@ -283,7 +285,7 @@ def test_other_threads_run_during_a_batch():
     sys.setswitchinterval(1000)
     try:
         thread.start()
-        assert not progress(lambda: _core.top2_margin_row(rows[0], "float32"), 100)
+        assert not progress(lambda: _core.top2_margin_row(rows[0]), 100)
         assert not progress(lambda: exits(rows[:1], 0.5), 100)
         assert progress(lambda: _core.top2_margin_rows(rows, "float32"), 1000)
         assert progress(lambda: exits(rows, 0.5), 1000)

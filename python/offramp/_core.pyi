@@ -21,6 +21,7 @@ __all__ = [
     "sort_by_score",
     "steps_fast",
     "threshold_curve",
+    "top2_margin_at",
     "top2_margin_row",
     "top2_margin_rows",
 ]
@@ -55,6 +56,7 @@ def multiply_rows(
     threads: int,
     norm: tuple[int, float] | None = None,
     residual: int = 0,
+    factor: float = 1.0,
     gated: bool = False,
 ) -> None: ...
 def attend_rows(
@@ -69,6 +71,7 @@ def attend_rows(
     scaling: float,
     window: int,
     threads: int,
+    norms: tuple[tuple[int, float], tuple[int, float]] | None = None,
 ) -> None: ...
 def exits_rows(
     logits: NDArray[Any],
@@ -77,7 +80,8 @@ def exits_rows(
     tokens: NDArray[np.int64],
     exits: NDArray[np.bool_],
 ) -> None: ...
-def top2_margin_row(logits: object, bits: str | None) -> tuple[int, float] | None: ...
+def top2_margin_row(logits: object) -> tuple[int, float] | None: ...
+def top2_margin_at(address: int, count: int, dtype: str) -> tuple[int, float]: ...
 def top2_margin_rows(logits: NDArray[Any], dtype: str) -> tuple[NDArray[np.int64], NDArray[np.float32]]: ...
 def binomial_p_value(errors: int, n: int, alpha: float) -> float: ...
 def binomial_upper_bound(errors: int, n: int, delta: float) -> float: ...

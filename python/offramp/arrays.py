@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import operator
 import sys
+from functools import cache
 from typing import Any, Literal, NamedTuple, SupportsIndex, TypeAlias, cast
 
 import numpy as np
@@ -73,26 +74,26 @@ def as_floats(value: Any, argument: str) -> Floats:
     return Floats(array.view(np.uint16) if array.dtype.itemsize == 2 else array, cast("FloatName", name))
 
 
-def tensor_memory(value: Any) -> tuple[NDArray[Any], FloatName] | None:
-    """View a torch tensor whose memory numpy can use, 16-bit floats as their bits; ``None`` for all else.
+def tensor_row(value: Any) -> tuple[int, int, FloatName] | None:
+    """Where a torch tensor of one row lies, its length and dtype, if it can be read as it is; ``None`` for all else.
 
-    The way there takes a microsecond or two: no more is asked of the tensor than has to be.
+    By its address: to view it as a numpy array takes two microseconds.
     """
     torch = sys.modules.get("torch")
     if torch is None or type(value) is not torch.Tensor:
         return None
-    dtype = value.dtype
-    try:
-        # torch itself refuses what has no such memory: other devices, sparse, negated, in need of a gradient.
-        if dtype is torch.float32:
-            return value.numpy(), "float32"
-        if dtype is torch.bfloat16:
-            return value.view(torch.uint16).numpy(), "bfloat16"
-        if dtype is torch.float16:
-            return value.view(torch.uint16).numpy(), "float16"
-    except (RuntimeError, TypeError):
-        pass
-    return None
+    name = _named_by(torch).get(value.dtype)
+    if name is None or not value.is_cpu or value.layout is not torch.strided or value.ndim != 1:
+        return None
+    if value.requires_grad or value.is_neg() or not value.is_contiguous():
+        return None
+    address, count = value.data_ptr(), value.shape[0]
+    return (address, count, name) if count and address % value.element_size() == 0 else None
+
+
+@cache
+def _named_by(torch: Any) -> dict[Any, FloatName]:
+    return {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
 def as_labels(value: Any, argument: str) -> Labels:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from offramp import _core
-from offramp.arrays import Floats, as_floats, bfloat16_to_float32, tensor_memory
+from offramp.arrays import Floats, as_floats, bfloat16_to_float32, tensor_row
 from offramp.errors import InputError
 
 Tokens: TypeAlias = int | NDArray[np.int64]
@@ -64,9 +64,11 @@ def top2_margin(logits: Any) -> tuple[Tokens, Margins]:
     >>> token, round(margin, 6)
     (1, 0.5)
     """
-    memory = (logits, None) if type(logits) is np.ndarray else tensor_memory(logits)
-    if memory is not None and (row := _core.top2_margin_row(*memory)) is not None:
-        return row
+    if type(logits) is np.ndarray:
+        if (found := _core.top2_margin_row(logits)) is not None:
+            return found
+    elif (row := tensor_row(logits)) is not None:
+        return _core.top2_margin_at(*row)
     values, dtype = read_logits(logits)
     if values.ndim == 1:
         tokens, margins = _core.top2_margin_rows(values[None], dtype)

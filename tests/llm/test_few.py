@@ -13,7 +13,8 @@ from offramp.llm.trunk import Trunk
 from test_families import make as build
 
 fast = pytest.mark.skipif(not few.IS_FAST, reason="needs vector instructions and torch on OpenMP")
-# Arranged as Llama's: with a window, with biases, with all in one matrix, and without angles in some layers.
+# Arranged as Llama's: with a window, with biases, with all in one matrix, without angles in some layers, with norms of
+# heads, with a factor of what is added.
 COMMON = [
     "Llama",
     "Mistral",
@@ -23,8 +24,20 @@ COMMON = [
     "Phi3",
     "Phi3, sliding",
     "SmolLM3",
+    "Qwen3",
+    "Qwen3, sliding",
+    "Granite",
 ]
-OTHERS = ["Qwen3", "Gemma2", "Olmo2", "Granite", "Cohere", "Phi"]
+OTHERS = ["Gemma2, uncapped", "Gemma3", "Olmo2", "Cohere", "Phi", "StableLm"]
+
+
+@pytest.fixture(params=[1, 2, 4], autouse=True)
+def threads(request):
+    """One thread is the caller; more are torch's, asked through OpenMP."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -71,11 +84,17 @@ def test_it_gives_what_the_layers_own_operations_give(family, dtype, calls, monk
 @fast
 @torch.no_grad()
 def test_a_row_comes_out_the_same_beside_whatever_rows():
-    """To the bit in bfloat16, which no product of torch does."""
+    """To the bit, on however many threads."""
     trunk = Trunk(build("Llama").bfloat16())
     together, _ = decoded(trunk, (8,))
     for widths in ((1,) * 8, (3, 5), (2, 1, 4, 1)):
         assert torch.equal(decoded(trunk, widths)[0], together)
+    # Beyond a block of attention, and where buffers had to grow.
+    together, kept = decoded(trunk, (8,) * 12, length=40)
+    torch.set_num_threads(3)
+    alone, others = decoded(trunk, (1,) * 96, length=40)
+    for mine, other in zip([together, *kept], [alone, *others], strict=True):
+        assert torch.equal(mine, other)
 
 
 @fast
@@ -114,8 +133,17 @@ def test_gradients_are_torchs(calls):
     trunk = Trunk(build("Llama").requires_grad_(True))
     with torch.enable_grad():
         found, _ = decoded(trunk, (2,))
+        assert not calls
+        assert found.requires_grad
+        # Of what went in, where the model is frozen.
+        trunk.model.requires_grad_(False)
+        hidden = torch.randn(1, 6, trunk.hidden_size, requires_grad=True)
+        cache, positions = trunk.new_cache(), torch.arange(6)[None]
+        with torch.no_grad():
+            trunk.run(hidden[:, :5], 0, 1, cache=cache, positions=positions[:, :5])
+        trunk.run(hidden[:, 5:], 0, 1, cache=cache, positions=positions[:, 5:]).sum().backward()
     assert not calls
-    assert found.requires_grad
+    assert hidden.grad[0, 5].abs().sum() > 0
 
 
 @fast
@@ -162,12 +190,6 @@ def test_addresses_of_nothing_are_refused():
             multiply(**wrong)
 
 
-def test_the_norm_in_between_is_the_lean_one():
-    """What the core reads of a norm is what the lean form of it computes with."""
-    layer = lean.describe(build("Llama").model.layers, build("Llama").model, build("Llama").config).layers[0]
-    assert layer.before_attention.parts == (layer.before_attention.weight, layer.before_attention.eps)
-
-
 def test_without_vector_instructions_nothing_is_done_here():
     """In processes of their own: what the core computes with is chosen once."""
     code = "import torch; from offramp.llm import few; print(few.IS_FAST)"
@@ -181,3 +203,51 @@ def test_without_vector_instructions_nothing_is_done_here():
                 text=True,
             )
             assert done.stdout.strip() == str(isa != "portable" and few.IS_FAST), done.stderr
+
+
+@fast
+def test_a_step_that_deviates_is_given_up(monkeypatch):
+    """With the whole lean path, as any other deviation is."""
+    right = lean.LeanLayer.step
+    monkeypatch.setattr(lean.LeanLayer, "step", lambda *given: 1.01 * right(*given))
+    trunk = Trunk(build("Llama"))
+    assert trunk.is_lean
+    trunk.prove((1, 2))
+    assert not trunk.is_lean
+
+
+@fast
+@torch.no_grad()
+def test_what_does_not_fit_together_is_refused():
+    rows, weight, bias = torch.ones(2, 16), torch.ones(24, 16), torch.ones(24)
+    for linears, more in (
+        ([(weight[:, :8].contiguous(), None)], {}),
+        ([(weight, bias[:7])], {}),
+        ([(weight, None), (weight[:7], None)], {"gated": True}),
+        ([(weight, None)], {"norm": (bias, 1e-5)}),
+        ([(weight, None)], {"residual": rows}),
+    ):
+        with pytest.raises(ValueError, match="do not fit together"):
+            few.multiply(rows, linears, **more)
+    projected, angles, partner = torch.ones(2, 32), torch.ones(1, 2, 1, 8), torch.arange(8)
+    cache = torch.ones(1, 9, 1, 8)
+    right = (projected, (2, 1, 8), (angles, angles), partner, (cache, cache), 7, 1.0, None)
+    few.attend(*right)
+    for place, wrong in (
+        (0, torch.ones(2, 40)),
+        (2, (angles[:, :1], angles)),
+        (3, partner[:7]),
+        (4, (cache, cache[:, :8])),
+        (4, (cache.expand(2, 9, 1, 8), cache)),
+        (4, (cache.view(1, 9, 2, 4), cache)),
+        (5, 8),
+    ):
+        with pytest.raises(ValueError, match="do not fit together"):
+            few.attend(*right[:place], wrong, *right[place + 1 :])
+
+
+def test_gate_and_up_may_be_one_with_a_bias():
+    weight, bias = torch.arange(12.0).view(6, 2), torch.arange(6.0)
+    (gate, first), (up, second) = lean._halves([(weight, bias)])
+    assert torch.equal(torch.cat((gate, up)), weight)
+    assert torch.equal(torch.cat((first, second)), bias)

@@ -213,7 +213,9 @@ def test_predicted_and_measured_time_agree(ee, monkeypatch):
     """On a machine without noise the prediction is within 15% of what generate then takes, in every mode."""
     clock = Clock()
     monkeypatch.setattr(time, "perf_counter", lambda: clock.now)
-    monkeypatch.setattr(LeanLayer, "run", clock.after(LeanLayer.run, lambda out: 1 + 0.1 * (len(out) - 1)))
+    for way in ("run", "step"):
+        own = getattr(LeanLayer, way)
+        monkeypatch.setattr(LeanLayer, way, clock.after(own, lambda out: 1 + 0.1 * (len(out) - 1)))
     monkeypatch.setattr(ExitHead, "logits", clock.after(ExitHead.logits, lambda *_: 0.2))
     monkeypatch.setattr(
         Trunk, "logits", clock.after(Trunk.logits, lambda out: 1 + 0.1 * (out[..., 0].numel() - 1))
@@ -265,7 +267,9 @@ def slow(function, seconds):
 
 def test_predicted_and_measured_time_agree_on_this_machine(ee, monkeypatch):
     """By the real clock, with all that a step does besides; parts that sleep are what weighs, not who else computes."""
-    monkeypatch.setattr(LeanLayer, "run", slow(LeanLayer.run, lambda out: 0.004 + 0.0004 * (len(out) - 1)))
+    for way in ("run", "step"):
+        own = getattr(LeanLayer, way)
+        monkeypatch.setattr(LeanLayer, way, slow(own, lambda out: 0.004 + 0.0004 * (len(out) - 1)))
     monkeypatch.setattr(ExitHead, "logits", slow(ExitHead.logits, lambda *_: 0.001))
     monkeypatch.setattr(Trunk, "logits", slow(Trunk.logits, lambda out: 0.004 * out[..., 0].numel()))
     monkeypatch.setattr("offramp.llm.planning._REPEATS", 5)

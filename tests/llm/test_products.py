@@ -24,6 +24,14 @@ def exact(hidden, weight, bias):
     )
 
 
+@pytest.fixture(params=[1, 2], autouse=True)
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def calls(monkeypatch):
     """The products of the core."""

@@ -192,6 +192,16 @@ def test_the_calibration_holds_on_its_own_tokens(exits):
         assert accepted == 0 or accuracy >= 0.8
 
 
+def test_the_plan_predicts_what_generate_takes(exits):
+    """Within 15% in every mode; what else the machine does may spoil an attempt, not three of them."""
+    for _ in range(3):
+        plan = exits.plan(0.8, measure=4, max_new_tokens=NEW)
+        options = (plan.off, plan.exit, plan.verify, *plan.rejected)
+        if all(option.measured == pytest.approx(option.predicted, rel=0.15) for option in options):
+            return
+    pytest.fail(str(plan))
+
+
 def test_heads_saved_from_the_demo_model_find_it_again(exits, tmp_path):
     exits.save_pretrained(tmp_path / "exits")
     loaded = offramp.EarlyExitModel.from_pretrained(tmp_path / "exits", device="cpu")

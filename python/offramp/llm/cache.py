@@ -43,16 +43,17 @@ class GrowingLayer(DynamicLayer):
         value_buffer[:, self._length : end] = values
         return self._show(end)
 
-    def extend(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Count rows as appended that the caller writes: returns the buffers (batch, capacity, heads, head size).
+    def reserve(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Give the buffers (batch, capacity, heads, head size), with room for so many more rows.
 
-        There must be some rows already.
+        There must be some already.  What the caller writes behind them is appended by `extend`.
         """
         assert self._buffers is not None
-        end = self._length + count
-        buffers = self._reserve(*self._buffers, end)
-        self._show(end)
-        return buffers
+        return self._reserve(*self._buffers, self._length + count)
+
+    def extend(self, count: int) -> None:
+        """Append rows that are written in the buffers already."""
+        self._show(self._length + count)
 
     def get_seq_length(self) -> int:
         """Tokens this layer has seen."""

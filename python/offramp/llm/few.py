@@ -2,7 +2,7 @@
 
 A step of decoding has one row, or the few that waited, and costs what reading the weights costs; libraries are made
 for many rows.  Here a weight is read once and in order, what is done before and after a product is done on the way,
-and what comes out does not depend on the rows beside it.
+and what comes out, as long as it is finite, does not depend on the rows beside it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import torch
 from offramp import _core
 
 Linear = tuple[torch.Tensor, torch.Tensor | None]
+Norm = tuple[torch.Tensor, float]
+"""Weight (I,) and ε, by which rows are scaled to unit root mean square."""
 
 IS_FAST = _core.steps_fast()
 """Whether the processor has the instructions, and torch the threads, for it."""
@@ -51,30 +53,38 @@ def multiply(
     rows: torch.Tensor,
     linears: Sequence[Linear],
     *,
-    norm: tuple[torch.Tensor, float] | None = None,
+    norm: Norm | None = None,
     residual: torch.Tensor | None = None,
+    factor: float = 1.0,
     gated: bool = False,
 ) -> torch.Tensor:
     """Multiply rows (..., I) with weights (O, I): (..., O), one weight's products after another's.
 
-    Everything has to be plain and fit together.
+    Everything has to be plain.
 
     Parameters
     ----------
     norm
-        Weight (I,) and ε by which the rows are scaled to unit root mean square before.
+        Of the rows, before.
     residual : (..., O), optional
-        Added to the products.
+        What the products times ``factor`` are added to.
     gated
         The products of two weights are ``silu`` of the first's times the second's.
     """
+    width = rows.shape[-1]
     heights = [len(weight) for weight, _ in linears]
     out = rows.new_empty((*rows.shape[:-1], heights[0] if gated else sum(heights)))
     given = [
         (weight.data_ptr(), 0 if bias is None else bias.data_ptr(), height)
         for (weight, bias), height in zip(linears, heights, strict=True)
     ]
-    width = rows.shape[-1]
+    fits = all(
+        weight.shape[1] == width and (bias is None or len(bias) == len(weight)) for weight, bias in linears
+    )
+    fits = fits and (not gated or heights[0] == heights[-1])
+    fits = fits and (norm is None or len(norm[0]) == width)
+    if not fits or (residual is not None and residual.shape != out.shape):
+        raise ValueError("rows, weights and what is done before and after do not fit together")
     _core.multiply_rows(
         _NAMES[rows.dtype],
         given,
@@ -83,8 +93,9 @@ def multiply(
         rows.numel() // width,
         width,
         torch.get_num_threads(),
-        None if norm is None else (norm[0].data_ptr(), norm[1]),
+        None if norm is None else _given(norm),
         0 if residual is None else residual.data_ptr(),
+        factor,
         gated,
     )
     return out
@@ -99,10 +110,11 @@ def attend(
     seen: int,
     scaling: float,
     window: int | None,
+    norms: tuple[Norm, Norm] | None = None,
 ) -> torch.Tensor:
     """Let new positions attend to those before and to themselves, (R, query heads * size).
 
-    Everything has to be plain and fit together.
+    Everything has to be plain.
 
     Parameters
     ----------
@@ -115,12 +127,21 @@ def attend(
     cache
         Keys and values (1, at least seen + R, key heads, size); those of the new positions are written behind those
         of ``seen`` ones.
+    norms
+        Of each query head and of each key head, before they are turned.
     """
-    count, (wide, _, size) = len(projected), heads
+    count, (wide, narrow, size) = len(projected), heads
     out = projected.new_empty((count, wide * size))
     turned = (0, 0, 0)
+    fits = projected.shape[1] == (wide + 2 * narrow) * size
+    for buffer in cache:
+        fits = fits and buffer.shape[0] == 1 and buffer.shape[1] >= seen + count
+        fits = fits and buffer.shape[2:] == (narrow, size)
     if rotary is not None:
+        fits = fits and rotary[0].numel() == rotary[1].numel() == count * size and len(partner) == size
         turned = rotary[0].data_ptr(), rotary[1].data_ptr(), partner.data_ptr()
+    if not fits:
+        raise ValueError("new positions, their angles and the cache do not fit together")
     _core.attend_rows(
         _NAMES[projected.dtype],
         projected.data_ptr(),
@@ -133,5 +154,10 @@ def attend(
         scaling,
         window or 0,
         torch.get_num_threads(),
+        None if norms is None else (_given(norms[0]), _given(norms[1])),
     )
     return out
+
+
+def _given(norm: Norm) -> tuple[int, float]:
+    return norm[0].data_ptr(), norm[1]

@@ -154,27 +154,33 @@ class LeanLayer:
 
     @cached_property
     def is_common(self) -> bool:
-        """Whether it is arranged as Llama's: what `step` can do."""
+        """Whether it is arranged as Llama's, norms of heads aside: what `step` can do."""
         return (
             isinstance(self.before_attention, _RMSNorm)
             and isinstance(self.before_block, _RMSNorm)
             and self.after_attention is None
             and self.after_block is None
-            and self.query_norm is None
+            and isinstance(self.query_norm, _RMSNorm | None)
+            and isinstance(self.key_norm, _RMSNorm | None)
+            and not self.norms_whole
             and not self.beside
             and self.gated
             and self.activation is functional.silu
-            and self.residual == 1
         )
 
-    def is_plain(self, dtype: torch.dtype) -> bool:
-        """Whether its parameters are what `step` can read, for rows of a dtype."""
-        norms = (
-            norm.weight for norm in (self.before_attention, self.before_block) if isinstance(norm, _RMSNorm)
-        )
+    def can_step(self, hidden: torch.Tensor, rotary: Rotary | None, cache: GrowingLayer) -> bool:
+        """Whether `step` can read all it takes, and takes these rows."""
+        if not self.is_common:
+            return False
+        if rotary is not None and rotary[0].shape[1] != len(hidden):
+            return False
+        norms = (self.before_attention, self.before_block, self.query_norm, self.key_norm)
+        weights = (norm.weight for norm in norms if isinstance(norm, _RMSNorm))
         linears = (*self.projections, self.output, *self.block, self.down)
-        given = (tensor for linear in linears for tensor in linear if tensor is not None)
-        return few.are_plain(dtype, (*norms, *given))
+        given = (tensor for one in linears for tensor in one if tensor is not None)
+        return few.are_plain(
+            hidden.dtype, (hidden, *cache.reserve(len(hidden)), *(rotary or ()), *weights, *given)
+        )
 
     def step(
         self,
@@ -187,23 +193,27 @@ class LeanLayer:
         """Compute what `run` does over a few rows (R, H) of one sequence, after others, in five calls of the core."""
         assert isinstance(self.before_attention, _RMSNorm)
         assert isinstance(self.before_block, _RMSNorm)
+        norms = None
+        if isinstance(self.query_norm, _RMSNorm) and isinstance(self.key_norm, _RMSNorm):
+            norms = self.query_norm.parts, self.key_norm.parts
         wide, narrow, _ = self.widths
-        seen = cache.get_seq_length()
         mixed = few.attend(
             few.multiply(hidden, self.projections, norm=self.before_attention.parts),
             (wide // self.head_size, narrow // self.head_size, self.head_size),
             rotary,
             partner,
-            cache.extend(len(hidden)),
-            seen,
+            cache.reserve(len(hidden)),
+            cache.get_seq_length(),
             self.scaling,
             self.window,
+            norms,
         )
+        cache.extend(len(hidden))
         if picked is not None:
             hidden, mixed = hidden[picked], mixed[picked]
-        hidden = few.multiply(mixed, [self.output], residual=hidden)
+        hidden = few.multiply(mixed, [self.output], residual=hidden, factor=self.residual)
         fed = few.multiply(hidden, _halves(self.block), norm=self.before_block.parts, gated=True)
-        return few.multiply(fed, [self.down], residual=hidden)
+        return few.multiply(fed, [self.down], residual=hidden, factor=self.residual)
 
     def _add(self, hidden: torch.Tensor, new: torch.Tensor, norm: Map | None) -> torch.Tensor:
         if norm is not None:
@@ -344,14 +354,13 @@ class Lean:
         if cache is None and padding is None:
             # Where nothing but order says what is seen.
             masks[None] = None
-        steps = batch == 1 and padding is None and length > queries and hidden.is_contiguous()
-        steps = steps and few.are_few(hidden)
+        stepping = batch == 1 and padding is None and length > queries and few.are_few(hidden)
         for layer, held in zip(layers, caches, strict=False):
             if layer.kind not in rotary and layer.kind is not None:
                 cosines, sines = self._table(layer.kind, length, hidden)
                 rotary[layer.kind] = cosines[positions].unsqueeze(2), sines[positions].unsqueeze(2)
             wanted = picked if layer is layers[-1] else None
-            if steps and held is not None and layer.is_common and layer.is_plain(hidden.dtype):
+            if stepping and held is not None and layer.can_step(hidden, rotary[layer.kind], held):
                 hidden = layer.step(hidden, rotary[layer.kind], self._partner, held, wanted)
                 continue
             if layer.window not in masks:

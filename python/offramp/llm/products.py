@@ -30,8 +30,8 @@ _PART = 2048
 def linear(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """``functional.linear`` over rows (..., H), by the product that is fastest for so many."""
     rows = hidden.numel() // hidden.shape[-1]
-    if few.are_few(hidden) and _fit(hidden, weight, bias):
-        return few.multiply(hidden.contiguous(), [(weight, bias)])
+    if few.are_few(hidden) and _fit(hidden := hidden.contiguous(), weight, bias):
+        return few.multiply(hidden, [(weight, bias)])
     if rows < _WORTH_WIDENING or not widens(hidden):
         return functional.linear(hidden, weight, bias)
     columns = hidden.reshape(rows, -1).T.float()
@@ -47,10 +47,6 @@ def widens(hidden: torch.Tensor) -> bool:
 
 def _fit(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
     """Whether these are what a product in the core takes; torch says what is wrong with others."""
-    if hidden.shape[-1:] != weight.shape[1:] or not (weight.shape[0] and type(hidden) is torch.Tensor):
-        return False
-    if torch.is_grad_enabled() and hidden.requires_grad:
-        return False
-    if bias is None:
-        return few.are_plain(hidden.dtype, (weight,))
-    return bias.shape == weight.shape[:1] and few.are_plain(hidden.dtype, (weight, bias))
+    given = (hidden, weight) if bias is None else (hidden, weight, bias)
+    fits = hidden.shape[-1:] == weight.shape[1:] and (bias is None or bias.shape == weight.shape[:1])
+    return fits and len(weight) > 0 and few.are_plain(hidden.dtype, given)

@@ -55,6 +55,11 @@ impl InstructionSet {
         }
     }
 
+    /// Whether it has instructions for vectors.
+    pub fn has_vectors(self) -> bool {
+        self.0 != Kind::Portable
+    }
+
     pub(crate) fn kind(self) -> Kind {
         self.0
     }

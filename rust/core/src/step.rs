@@ -2,15 +2,15 @@
 //!
 //! Both take as long as what they read takes to be read, so both read it once and in order, and what is between them
 //! (norms, activations, sums) is done on the way.  [`lanes`] holds what they are made of, once, for every instruction
-//! set.  What comes out has the same bits whatever the instructions, the threads and the rows beside it, and is
-//! rounded to the type of the model wherever a tensor of it would be.
+//! set.  What comes out, as long as it is finite, has the same bits whatever the instructions, the threads and the rows
+//! beside it, and is rounded to the type of the model wherever a tensor of it would be.
 
 mod arch;
 mod attention;
 mod lanes;
 mod product;
 
-pub use attention::{Attention, Heads, Rotary};
+pub use attention::{Attention, Before, Heads, Rotary};
 pub use lanes::Number;
 pub use product::{Finish, Linear, Norm, Product, Rows};
 

@@ -2,6 +2,7 @@
 
 use crate::error::refused;
 use crate::isa;
+use crate::memory::numbers;
 use half::slice::HalfBitsSliceExt;
 use half::{bf16, f16};
 use numpy::{
@@ -34,9 +35,7 @@ macro_rules! with_logits {
                 let ($slice, $shape) = (in_rows(&array)?.reinterpret_cast::<bf16>(), array.shape());
                 $body
             }
-            other => Err(PyTypeError::new_err(format!(
-                "logits has dtype {other}: give float16, bfloat16 or float32"
-            ))),
+            other => Err(no_logits(other)),
         }
     };
 }
@@ -51,41 +50,48 @@ fn in_rows<'a, T: Element>(array: &'a PyReadonlyArrayDyn<'_, T>) -> PyResult<&'a
     }
 }
 
-/// Token and margin of one row in a numpy array that can be read as it is; None for all else.
-///
-/// The array is of float32, of float16, or of uint16 that holds what `bits` names.
+/// Token and margin of one row in a numpy array of float32 or float16 that can be read as it is; None for all else.
 #[pyfunction]
-pub fn top2_margin_row(logits: &Bound<'_, PyAny>, bits: Option<&str>) -> PyResult<Option<Found>> {
+pub fn top2_margin_row(logits: &Bound<'_, PyAny>) -> PyResult<Option<Found>> {
     if let Ok(logits) = logits.cast::<PyArray1<f32>>() {
-        return read_row(logits, same);
+        return read_row(logits);
     }
     if let Ok(logits) = logits.cast::<PyArray1<f16>>() {
-        return read_row(logits, same);
+        return read_row(logits);
     }
-    match (bits, logits.cast::<PyArray1<u16>>()) {
-        (Some("bfloat16"), Ok(logits)) => read_row(logits, <[u16]>::reinterpret_cast::<bf16>),
-        (Some("float16"), Ok(logits)) => read_row(logits, <[u16]>::reinterpret_cast::<f16>),
-        _ => Ok(None),
+    Ok(None)
+}
+
+/// Token and margin of one row of a torch tensor, which is `count` numbers at an address.
+#[pyfunction]
+pub fn top2_margin_at(address: usize, count: usize, dtype: &str) -> PyResult<Found> {
+    match dtype {
+        "float32" => decide::<f32>(numbers(address, count)?),
+        "float16" => decide::<f16>(numbers(address, count)?),
+        "bfloat16" => decide::<bf16>(numbers(address, count)?),
+        other => Err(no_logits(other)),
     }
 }
 
-fn same<T>(values: &[T]) -> &[T] {
-    values
+fn decide<L: Logit>(logits: &[L]) -> PyResult<Found> {
+    let Top2 { token, margin } = top2_margin(isa::chosen()?, logits).map_err(refused)?;
+    Ok((token, margin))
 }
 
-fn read_row<T: Element, L: Logit>(
-    logits: &Bound<'_, PyArray1<T>>,
-    meant: impl Fn(&[T]) -> &[L],
-) -> PyResult<Option<Found>> {
+fn no_logits(dtype: &str) -> PyErr {
+    PyTypeError::new_err(format!(
+        "logits has dtype {dtype}: give float16, bfloat16 or float32"
+    ))
+}
+
+fn read_row<L: Logit + Element>(logits: &Bound<'_, PyArray1<L>>) -> PyResult<Option<Found>> {
     if !logits.is_c_contiguous() || !logits.data().is_aligned() {
         return Ok(None);
     }
     let Ok(logits) = logits.try_readonly() else {
         return Ok(None);
     };
-    let Top2 { token, margin } =
-        top2_margin(isa::chosen()?, meant(logits.as_slice()?)).map_err(refused)?;
-    Ok(Some((token, margin)))
+    decide(logits.as_slice()?).map(Some)
 }
 
 /// Tokens and margins of the rows of a matrix.

@@ -6,6 +6,7 @@ mod error;
 mod guarantee;
 mod isa;
 #[expect(unsafe_code, reason = "torch's memory, known by its address")]
+mod memory;
 mod step;
 #[expect(
     unsafe_code,
@@ -22,7 +23,7 @@ mod _core {
     #[pymodule_export]
     use super::calibration::{fast_calibrate, sort_by_score, threshold_curve};
     #[pymodule_export]
-    use super::decision::{exits_rows, top2_margin_row, top2_margin_rows};
+    use super::decision::{exits_rows, top2_margin_at, top2_margin_row, top2_margin_rows};
     #[pymodule_export]
     use super::isa::{instruction_set_name, instruction_sets};
     #[pymodule_export]

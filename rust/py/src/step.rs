@@ -1,16 +1,18 @@
-//! A step over torch's tensors, which are known by their addresses: a way through numpy takes longer than a product.
+//! A step over torch's tensors.
 
+use crate::memory::{Plain, maybe, numbers, numbers_mut, size};
 use crate::{isa, team};
 use half::{bf16, f16};
-use offramp_core::step::{Attention, Finish, Heads, Linear, Norm, Number, Product, Rotary, Rows};
+use offramp_core::step::{
+    Attention, Before, Finish, Heads, Linear, Norm, Number, Product, Rotary, Rows,
+};
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
-use std::slice;
 
 /// Whether these functions are fast here: by vector instructions, and on torch's threads.
 #[pyfunction]
 pub fn steps_fast() -> PyResult<bool> {
-    Ok(isa::chosen()?.name() != "portable" && team::is_there())
+    Ok(isa::chosen()?.has_vectors() && team::is_there())
 }
 
 /// Call a method for the type a dtype names.
@@ -29,11 +31,11 @@ macro_rules! of_dtype {
 
 /// Multiply `count` rows of a width with weights of that width, given as (weight, bias, height), into `out`.
 ///
-/// `norm` is a weight and ε that the rows are normed with before, `residual` what is added to the products; `gated`
+/// `norm` is a weight and ε that the rows are normed with before, `residual` what the products times `factor` are added to; `gated`
 /// products are of two weights, the second's times `silu` of the first's.  Memory is given by its address, 0 where
 /// there is none; it is contiguous, of the dtype, and nobody writes to it meanwhile.
 #[pyfunction]
-#[pyo3(signature = (dtype, linears, rows, out, count, width, threads, norm=None, residual=0, gated=false))]
+#[pyo3(signature = (dtype, linears, rows, out, count, width, threads, norm=None, residual=0, factor=1.0, gated=false))]
 #[expect(
     clippy::too_many_arguments,
     reason = "a call for each product of a step"
@@ -49,6 +51,7 @@ pub fn multiply_rows(
     threads: u32,
     norm: Option<(usize, f64)>,
     residual: usize,
+    factor: f32,
     gated: bool,
 ) -> PyResult<()> {
     let call = Multiplication {
@@ -59,6 +62,7 @@ pub fn multiply_rows(
         width,
         norm,
         residual,
+        factor,
         gated,
     };
     of_dtype!(dtype, call.run(py, threads))
@@ -72,11 +76,12 @@ struct Multiplication {
     width: usize,
     norm: Option<(usize, f64)>,
     residual: usize,
+    factor: f32,
     gated: bool,
 }
 
 impl Multiplication {
-    fn run<T: Number>(&self, py: Python<'_>, threads: u32) -> PyResult<()> {
+    fn run<T: Number + Plain>(&self, py: Python<'_>, threads: u32) -> PyResult<()> {
         let isa = isa::chosen()?;
         let (count, width) = (self.count, self.width);
         let heights = self.linears.iter().map(|&(_, _, height)| height);
@@ -86,7 +91,7 @@ impl Multiplication {
         };
         let linear = |&(weight, bias, height): &(usize, usize, usize)| {
             Ok(Linear {
-                weight: numbers(weight, height * width)?,
+                weight: numbers(weight, size(&[height, width])?)?,
                 bias: maybe(bias, height)?,
             })
         };
@@ -95,28 +100,22 @@ impl Multiplication {
         if self.gated && linears.len() != 2 {
             return Err(PyValueError::new_err("a gated block has two weights"));
         }
-        let norm = match self.norm {
-            None => None,
-            Some((weight, eps)) => Some(Norm {
-                weight: numbers(weight, width)?,
-                eps,
-            }),
-        };
-        let finish = match maybe(self.residual, count * height)? {
+        let norm = self.norm.map(|given| norm(given, width)).transpose()?;
+        let finish = match maybe(self.residual, size(&[count, height])?)? {
             _ if self.gated => Finish::Gate,
-            Some(residual) => Finish::Add(residual),
+            Some(residual) => Finish::Add(residual, self.factor),
             None => Finish::Store,
         };
         let rows = Rows {
-            numbers: numbers(self.rows, count * width)?,
+            numbers: numbers(self.rows, size(&[count, width])?)?,
             width,
             norm,
         };
-        let out = numbers_mut(self.out, count * height)?;
+        let out = numbers_mut(self.out, size(&[count, height])?)?;
         py.detach(|| {
             let team = threads as usize;
             let product = Product::new(isa, &linears, finish, rows, out, team);
-            team::run(threads, || product.work());
+            team::run(members(threads, product.parts()), || product.work());
         });
         Ok(())
     }
@@ -125,8 +124,10 @@ impl Multiplication {
 /// Let new positions attend to those before and to themselves, as `step::Attention` does, into `out`.
 ///
 /// `heads` are those of queries, of keys, and their size; `rotary` cosines, sines and partners, or zeros; `cache` keys
-/// and values, with room for the new positions after those `seen`; a window of 0 is none.
+/// and values, with room for the new positions after those `seen`; a window of 0 is none; `norms` are weight and ε of
+/// those of each query head and of each key head.
 #[pyfunction]
+#[pyo3(signature = (dtype, projected, rotary, cache, out, count, seen, heads, scaling, window, threads, norms=None))]
 #[expect(clippy::too_many_arguments, reason = "a call for each layer of a step")]
 pub fn attend_rows(
     py: Python<'_>,
@@ -141,10 +142,12 @@ pub fn attend_rows(
     scaling: f32,
     window: usize,
     threads: u32,
+    norms: Option<((usize, f64), (usize, f64))>,
 ) -> PyResult<()> {
     let (wide, narrow, size) = heads;
     let call = Attending {
         projected,
+        norms,
         rotary,
         cache,
         out,
@@ -163,6 +166,7 @@ pub fn attend_rows(
 
 struct Attending {
     projected: usize,
+    norms: Option<((usize, f64), (usize, f64))>,
     rotary: (usize, usize, usize),
     cache: (usize, usize),
     out: usize,
@@ -172,60 +176,55 @@ struct Attending {
 }
 
 impl Attending {
-    fn run<T: Number>(&self, py: Python<'_>, threads: u32) -> PyResult<()> {
+    fn run<T: Number + Plain>(&self, py: Python<'_>, threads: u32) -> PyResult<()> {
         let isa = isa::chosen()?;
         let Heads {
-            wide, narrow, size, ..
+            wide,
+            narrow,
+            size: each,
+            ..
         } = self.heads;
-        let projected = numbers(self.projected, self.count * (wide + 2 * narrow) * size)?;
+        let (count, new) = (self.count, size(&[narrow, each])?);
+        let queries = size(&[count, wide, each])?;
+        let projected = numbers(self.projected, queries + size(&[2, count, new])?)?;
         let (cosines, sines, partners) = self.rotary;
-        let rotary = match maybe(cosines, self.count * size)? {
+        let rotary = match maybe(cosines, size(&[count, each])?)? {
             None => None,
             Some(cosines) => Some(Rotary {
                 cosines,
-                sines: numbers(sines, self.count * size)?,
-                partners: numbers(partners, size)?,
+                sines: numbers(sines, size(&[count, each])?)?,
+                partners: numbers(partners, each)?,
             }),
         };
-        let kept = (self.seen + self.count) * narrow * size;
+        let norms = match self.norms {
+            None => None,
+            Some((of_queries, of_keys)) => Some([norm(of_queries, each)?, norm(of_keys, each)?]),
+        };
+        let before = Before { norms, rotary };
+        let kept = size(&[self.seen + count, new])?;
         let cache = (
             numbers_mut(self.cache.0, kept)?,
             numbers_mut(self.cache.1, kept)?,
         );
-        let out = numbers_mut(self.out, self.count * wide * size)?;
+        let out = numbers_mut(self.out, queries)?;
         py.detach(|| {
             let attention =
-                Attention::<T>::new(isa, self.heads, projected, rotary, cache, self.seen, out);
-            let parts = u32::try_from(attention.parts()).unwrap_or(threads);
-            team::run(threads.min(parts), || attention.work());
+                Attention::<T>::begin(isa, self.heads, projected, before, cache, self.seen, out);
+            team::run(members(threads, attention.parts()), || attention.work());
             attention.finish();
         });
         Ok(())
     }
 }
 
-fn maybe<'a, T>(address: usize, count: usize) -> PyResult<Option<&'a [T]>> {
-    (address != 0).then(|| numbers(address, count)).transpose()
+/// The whole team or nobody else: OpenMP lets threads go when a team is smaller than the last, and starts them anew.
+fn members(threads: u32, parts: usize) -> u32 {
+    if parts > 1 { threads } else { 1 }
 }
 
-fn numbers<'a, T>(address: usize, count: usize) -> PyResult<&'a [T]> {
-    check::<T>(address, count)?;
-    // SAFETY: `offramp.llm.products`, the only caller, hands over addresses of tensors on the CPU that it keeps alive
-    // for the call, of these types and sizes, one number after the other.
-    Ok(unsafe { slice::from_raw_parts(address as *const T, count) })
-}
-
-fn numbers_mut<'a, T>(address: usize, count: usize) -> PyResult<&'a mut [T]> {
-    check::<T>(address, count)?;
-    // SAFETY: as above; it hands over what it has just made, or a cache that is no one else's.
-    Ok(unsafe { slice::from_raw_parts_mut(address as *mut T, count) })
-}
-
-fn check<T>(address: usize, count: usize) -> PyResult<()> {
-    if address == 0 || count == 0 || !address.is_multiple_of(align_of::<T>()) {
-        return Err(PyValueError::new_err(
-            "there is nothing at this address, or it is not aligned",
-        ));
-    }
-    Ok(())
+fn norm<'a, T: Plain>((weight, eps): (usize, f64), width: usize) -> PyResult<Norm<'a, T>> {
+    Ok(Norm {
+        weight: numbers(weight, width)?,
+        eps,
+    })
 }

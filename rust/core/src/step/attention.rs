@@ -2,11 +2,12 @@
 //!
 //! Every query head mixes the values of its key head, `softmax(scaling * K q) V`, in float32, over the positions up
 //! to its own, or over the last `window` of them.  Positions are read in blocks, all heads of one by one member of the
-//! team; what the blocks mix is put together in their order (Dao et al.: Flash-Decoding, 2023).  The exponentials are off by 1.5 units in the last place.
+//! team; what the blocks mix is put together in their order (Dao et al.: Flash-Decoding, 2023).
 
 use super::Queue;
 use super::arch::{self, Work};
 use super::lanes::{self, CHUNK, Chunk, LANES, MOST_TOGETHER, Number, Simd};
+use super::product::{Norm, normalise};
 use crate::isa::InstructionSet;
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
@@ -24,6 +25,15 @@ pub struct Heads {
     pub scaling: f32,
     /// How many positions a query sees at most, its own among them.
     pub window: Option<usize>,
+}
+
+/// What is done to queries and keys before they meet.
+#[derive(Clone, Copy)]
+pub struct Before<'a, T> {
+    /// Norms of each query head and of each key head, of its size.
+    pub norms: Option<[Norm<'a, T>; 2]>,
+    /// How they are turned then.
+    pub rotary: Option<Rotary<'a, T>>,
 }
 
 /// How queries and keys are turned: `x * cosine + x[partner] * sine`, each (R, head size) but for the partners.
@@ -79,18 +89,18 @@ struct Mixed {
 type Each = [f32; MOST_TOGETHER];
 
 impl<'a, T: Number> Attention<'a, T> {
-    /// Turn queries and keys of new positions, `projected` (R, wide + 2 narrow heads), append keys and values to those
+    /// Norm and turn queries and keys of new positions, `projected` (R, wide + 2 narrow heads), append keys and values to those
     /// of `seen` positions, and prepare what each query mixes, `out` (R, wide heads).
     ///
     /// `keys` and `values` have room for seen + R positions, each of narrow heads.
     ///
     /// # Panics
     /// If the sizes do not fit together.
-    pub fn new(
+    pub fn begin(
         isa: InstructionSet,
         heads: Heads,
         projected: &[T],
-        rotary: Option<Rotary<'_, T>>,
+        before: Before<'_, T>,
         (keys, values): (&'a mut [T], &'a mut [T]),
         seen: usize,
         out: &'a mut [T],
@@ -104,12 +114,12 @@ impl<'a, T: Number> Attention<'a, T> {
         assert!(count > 0);
         assert!(projected.len() == count * whole && out.len() == count * wide * size);
         assert!(keys.len() == (seen + count) * new && values.len() == keys.len());
-        assert!(rotary.is_none_or(|rotary| rotary.fits(count, size)));
+        assert!(before.fits(count, size));
         let turned = arch::run(
             isa,
             Turning {
                 projected,
-                rotary,
+                before,
                 heads,
             },
         );
@@ -200,6 +210,14 @@ impl<'a, T: Number> Attention<'a, T> {
     }
 }
 
+impl<T: Copy> Before<'_, T> {
+    fn fits(&self, count: usize, size: usize) -> bool {
+        let norms = self.norms.iter().flatten();
+        self.rotary.is_none_or(|rotary| rotary.fits(count, size))
+            && norms.into_iter().all(|norm| norm.weight.len() == size)
+    }
+}
+
 impl<T> Rotary<'_, T> {
     fn fits(&self, count: usize, size: usize) -> bool {
         self.cosines.len() == count * size
@@ -261,7 +279,7 @@ impl<T: Number> Work for Grouping<'_, T> {
 
 struct Turning<'a, T> {
     projected: &'a [T],
-    rotary: Option<Rotary<'a, T>>,
+    before: Before<'a, T>,
     heads: Heads,
 }
 
@@ -269,35 +287,40 @@ impl<T: Number> Work for Turning<'_, T> {
     type Output = Vec<T>;
 
     #[inline(always)]
-    fn run<S: Simd>(self, _: S) -> Vec<T> {
+    fn run<S: Simd>(self, simd: S) -> Vec<T> {
         let Heads {
             wide, narrow, size, ..
         } = self.heads;
         let mut turned = self.projected.to_vec();
-        let Some(rotary) = self.rotary else {
-            return turned;
-        };
-        let whole = (wide + 2 * narrow) * size;
-        for (row, numbers) in turned.chunks_exact_mut(whole).enumerate() {
-            let given = &self.projected[row * whole..][..whole];
-            let (cosines, sines) = (
-                &rotary.cosines[row * size..][..size],
-                &rotary.sines[row * size..][..size],
-            );
-            let heads = (wide + narrow) * size;
-            for (head, given) in numbers[..heads]
-                .chunks_exact_mut(size)
-                .zip(given.chunks_exact(size))
-            {
-                for (place, number) in head.iter_mut().enumerate() {
-                    let other = given[rotary.partners[place] as usize];
-                    let straight = T::from_f32(given[place].to_f32() * cosines[place].to_f32());
-                    let across = T::from_f32(other.to_f32() * sines[place].to_f32());
-                    *number = T::from_f32(straight.to_f32() + across.to_f32());
+        let mut given = vec![T::ZERO; size];
+        for (row, numbers) in turned
+            .chunks_exact_mut((wide + 2 * narrow) * size)
+            .enumerate()
+        {
+            let heads = numbers[..(wide + narrow) * size].chunks_exact_mut(size);
+            for (number, head) in heads.enumerate() {
+                if let Some(norms) = self.before.norms {
+                    normalise(simd, head, norms[usize::from(number >= wide)]);
+                }
+                if let Some(rotary) = self.before.rotary {
+                    given.copy_from_slice(head);
+                    turn(&given, rotary, row * size, head);
                 }
             }
         }
         turned
+    }
+}
+
+#[inline(always)]
+fn turn<T: Number>(given: &[T], rotary: Rotary<'_, T>, start: usize, head: &mut [T]) {
+    let cosines = &rotary.cosines[start..][..head.len()];
+    let sines = &rotary.sines[start..][..head.len()];
+    for (place, number) in head.iter_mut().enumerate() {
+        let other = given[rotary.partners[place] as usize];
+        let straight = T::from_f32(given[place].to_f32() * cosines[place].to_f32());
+        let across = T::from_f32(other.to_f32() * sines[place].to_f32());
+        *number = T::from_f32(straight.to_f32() + across.to_f32());
     }
 }
 

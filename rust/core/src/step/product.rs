@@ -46,8 +46,8 @@ pub struct Rows<'a, T> {
 pub enum Finish<'a, T> {
     /// Nothing: those of several weights stand one after another in each row.
     Store,
-    /// They are added to rows of their size, a residual.
-    Add(&'a [T]),
+    /// They are multiplied by a factor and added to rows of their size, a residual.
+    Add(&'a [T], f32),
     /// Those of the second weight are multiplied by `silu` of the first one's, as in a gated block.
     Gate,
 }
@@ -57,6 +57,7 @@ pub struct Product<'a, T> {
     isa: InstructionSet,
     width: usize,
     rows: Vec<Chunk>,
+    count: usize,
     parts: Queue<Part<'a, T>>,
 }
 
@@ -69,7 +70,7 @@ struct Part<'a, T> {
 
 enum Then<'a, T> {
     Store,
-    Add(Vec<&'a [T]>),
+    Add(Vec<&'a [T]>, f32),
     GateOf(Linear<'a, T>),
 }
 
@@ -78,7 +79,7 @@ impl<'a, T: Number> Product<'a, T> {
     /// of one where they are gated.
     ///
     /// # Panics
-    /// If the sizes do not fit together, or a row has no numbers.
+    /// If the sizes do not fit together, there are no rows, or a row has no numbers.
     pub fn new(
         isa: InstructionSet,
         linears: &[Linear<'a, T>],
@@ -91,12 +92,20 @@ impl<'a, T: Number> Product<'a, T> {
         assert!(width > 0 && rows.numbers.len().is_multiple_of(width));
         assert!(rows.norm.is_none_or(|norm| norm.weight.len() == width));
         let count = rows.numbers.len() / width;
+        assert!(count > 0);
+        let parts = divide(linears, finish, width, count, out, team);
         Self {
             isa,
             width,
             rows: arch::run(isa, Widening(rows)),
-            parts: Queue::of(divide(linears, finish, width, count, out, team)),
+            count: parts.len(),
+            parts: Queue::of(parts),
         }
+    }
+
+    /// How many members of a team would find something to do.
+    pub fn parts(&self) -> usize {
+        self.count
     }
 
     /// Take part after part until none is left; every member of the team calls it, in any order, or one alone does.
@@ -132,10 +141,10 @@ fn divide<'a, T: Number>(
     let total: usize = heights.sum();
     assert!(out.len() == count * total && gated.is_none_or(|up| up.height(width) == total));
     let mut out: Vec<&mut [T]> = out.chunks_exact_mut(total.max(1)).collect();
-    let mut residual: Option<Vec<&[T]>> = match finish {
-        Finish::Add(rows) => {
+    let mut residual: Option<(Vec<&[T]>, f32)> = match finish {
+        Finish::Add(rows, factor) => {
             assert!(rows.len() == count * total);
-            Some(rows.chunks_exact(total.max(1)).collect())
+            Some((rows.chunks_exact(total.max(1)).collect(), factor))
         }
         _ => None,
     };
@@ -149,9 +158,10 @@ fn divide<'a, T: Number>(
             let height = at_a_time.min(left);
             left -= height;
             let then = match (&mut residual, &mut gated) {
-                (Some(rows), _) => {
-                    Then::Add(rows.iter_mut().map(|row| take(row, height)).collect())
-                }
+                (Some((rows, factor)), _) => Then::Add(
+                    rows.iter_mut().map(|row| take(row, height)).collect(),
+                    *factor,
+                ),
                 (_, Some(up)) => Then::GateOf(up.take(height, width)),
                 _ => Then::Store,
             };
@@ -215,8 +225,9 @@ impl<T: Number> Work for Widening<'_, T> {
     }
 }
 
+/// Norm a row in its place.
 #[inline(always)]
-fn normalise<S: Simd, T: Number>(simd: S, row: &mut [T], norm: Norm<'_, T>) {
+pub(super) fn normalise<S: Simd, T: Number>(simd: S, row: &mut [T], norm: Norm<'_, T>) {
     let mean = f64::from(lanes::sum_of_squares(simd, row)) / row.len() as f64;
     let scale = (1.0 / (mean + norm.eps).sqrt()) as f32;
     for (number, weight) in row.iter_mut().zip(norm.weight) {
@@ -244,10 +255,11 @@ impl<T: Number> Work for Multiplying<'_, T> {
         multiply(simd, linear, self.rows, self.width, &mut out);
         match then {
             Then::Store => {}
-            Then::Add(residual) => {
+            Then::Add(residual, factor) => {
                 for (row, residual) in out.iter_mut().zip(residual) {
                     for (number, residual) in row.iter_mut().zip(residual) {
-                        *number = T::from_f32(residual.to_f32() + number.to_f32());
+                        let new = T::from_f32(number.to_f32() * factor);
+                        *number = T::from_f32(residual.to_f32() + new.to_f32());
                     }
                 }
             }
