@@ -234,7 +234,11 @@ def test_layouts_are_read_correctly_and_left_alone():
     expected = top2_margin(logits)
     frozen = logits.copy()
     frozen.flags.writeable = False
-    unaligned = np.frombuffer(bytearray(b"\0" + logits.tobytes()), np.uint8)[1:].view(np.float32).reshape(logits.shape)
+    unaligned = (
+        np.frombuffer(bytearray(b"\0" + logits.tobytes()), np.uint8)[1:]
+        .view(np.float32)
+        .reshape(logits.shape)
+    )
     wide = np.repeat(logits, 2, axis=1)
     for view in (frozen, np.asfortranarray(logits), unaligned, wide[:, ::2], logits.astype(">f4")):
         before = view.tobytes()

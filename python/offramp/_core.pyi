@@ -18,6 +18,7 @@ __all__ = [
     "instruction_set",
     "instruction_sets",
     "multiply_rows",
+    "norm_rows",
     "sort_by_score",
     "steps_fast",
     "threshold_curve",
@@ -59,6 +60,7 @@ def multiply_rows(
     factor: float = 1.0,
     gated: bool = False,
 ) -> None: ...
+def norm_rows(dtype: str, rows: int, out: int, count: int, width: int, weight: int, eps: float) -> None: ...
 def attend_rows(
     dtype: str,
     projected: int,

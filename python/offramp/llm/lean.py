@@ -8,7 +8,6 @@ trained by it, too, because it can leave out what nobody reads.
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -517,15 +516,15 @@ def _describe(layer: Any, kind: str, window: int | None, family: _Family, config
 
 
 def normed(norm: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-    """Apply a norm to rows (..., H): to a single row on the CPU in fewer operations, where it is a plain one.
+    """Apply a norm to rows (..., H): to a few by the core, where it is a plain one.
 
     On SmolLM2 transformers' module takes as long for a row as a tenth of a head.
     """
-    if _is_alone(hidden) and _is_rms(norm):
-        plain: Any = norm
+    plain: Any = norm
+    if few.are_few(hidden) and _is_rms(norm):
         changed = norm._forward_hooks or norm._forward_pre_hooks or "forward" in vars(norm)
-        if hidden.dtype == plain.weight.dtype != torch.float64 and not changed:
-            return _rms_norm(hidden, plain.weight, float(plain.variance_epsilon))
+        if not changed and few.are_plain(hidden.dtype, (hidden, plain.weight)):
+            return few.norm(hidden, plain.weight, float(plain.variance_epsilon))
     found: torch.Tensor = norm(hidden)
     return found
 
@@ -560,18 +559,12 @@ def _is_rms(norm: nn.Module) -> bool:
     return type(norm).__name__.endswith("RMSNorm") and hasattr(norm, "variance_epsilon")
 
 
-def _is_alone(hidden: torch.Tensor) -> bool:
-    """Whether rows (..., H) are a single one on the CPU, from which nothing is learnt."""
-    return hidden.numel() == hidden.shape[-1] and hidden.device.type == "cpu" and not hidden.requires_grad
-
-
 def _rms_norm(hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Scale to unit root mean square; of a single row on the CPU that is one number, found in fewer operations."""
-    if not _is_alone(hidden):
-        # Under autocast hidden states can be narrower than the weight, which torch's fused form does not take.
-        return functional.rms_norm(hidden.to(weight.dtype), weight.shape, weight, eps)
-    length = float(torch.linalg.vector_norm(hidden, dtype=torch.float32))
-    return hidden * (1 / math.sqrt(length * length / len(weight) + eps)) * weight
+    """Scale to unit root mean square."""
+    if few.are_few(hidden) and few.are_plain(hidden.dtype, (hidden, weight)):
+        return few.norm(hidden, weight, eps)
+    # Under autocast hidden states can be narrower than the weight, which torch's fused form does not take.
+    return functional.rms_norm(hidden.to(weight.dtype), weight.shape, weight, eps)
 
 
 def _activation(mlp: Any) -> Map:

@@ -12,7 +12,7 @@ mod product;
 
 pub use attention::{Attention, Before, Heads, Rotary};
 pub use lanes::Number;
-pub use product::{Finish, Linear, Norm, Product, Rows};
+pub use product::{Finish, Linear, Norm, Product, Rows, norm_rows};
 
 use std::sync::{Mutex, PoisonError};
 

@@ -121,6 +121,44 @@ impl Multiplication {
     }
 }
 
+/// Scale `count` rows to unit root mean square, and then by a weight of their size, into `out`.
+#[pyfunction]
+pub fn norm_rows(
+    dtype: &str,
+    rows: usize,
+    out: usize,
+    count: usize,
+    width: usize,
+    weight: usize,
+    eps: f64,
+) -> PyResult<()> {
+    let call = Norming {
+        rows,
+        out,
+        count: size(&[count, width])?,
+        norm: (weight, eps),
+        width,
+    };
+    of_dtype!(dtype, call.run())
+}
+
+struct Norming {
+    rows: usize,
+    out: usize,
+    count: usize,
+    norm: (usize, f64),
+    width: usize,
+}
+
+impl Norming {
+    fn run<T: Number + Plain>(&self) -> PyResult<()> {
+        let out = numbers_mut(self.out, self.count)?;
+        out.copy_from_slice(numbers(self.rows, self.count)?);
+        offramp_core::step::norm_rows::<T>(isa::chosen()?, norm(self.norm, self.width)?, out);
+        Ok(())
+    }
+}
+
 /// Let new positions attend to those before and to themselves, as `step::Attention` does, into `out`.
 ///
 /// `heads` are those of queries, of keys, and their size; `rotary` cosines, sines and partners, or zeros; `cache` keys

@@ -218,10 +218,37 @@ impl<T: Number> Work for Widening<'_, T> {
             return lanes::widen(simd, numbers, width);
         };
         let mut normed = numbers.to_vec();
-        for row in normed.chunks_exact_mut(width) {
-            normalise(simd, row, norm);
-        }
+        let norming = Norming {
+            norm,
+            rows: &mut normed,
+        };
+        norming.run(simd);
         lanes::widen(simd, &normed, width)
+    }
+}
+
+/// Norm rows in their place.
+///
+/// # Panics
+/// If the rows are not of the norm's size.
+pub fn norm_rows<T: Number>(isa: InstructionSet, norm: Norm<'_, T>, rows: &mut [T]) {
+    assert!(rows.len().is_multiple_of(norm.weight.len()));
+    arch::run(isa, Norming { norm, rows });
+}
+
+struct Norming<'a, T> {
+    norm: Norm<'a, T>,
+    rows: &'a mut [T],
+}
+
+impl<T: Number> Work for Norming<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        for row in self.rows.chunks_exact_mut(self.norm.weight.len()) {
+            normalise(simd, row, self.norm);
+        }
     }
 }
 
