@@ -134,12 +134,12 @@ def test_a_lean_path_that_deviates_is_given_up(monkeypatch, part):
 def test_a_way_that_only_single_rows_go_is_proved_too(monkeypatch):
     if not few.IS_FAST:
         pytest.skip("a few rows go no way of their own here")
-    right = few.norm
+    right = few.apply_norm
 
-    def wrong(rows, weight, eps):
-        return right(rows, weight, eps) * (1.01 if rows.numel() == len(weight) else 1)
+    def wrong(rows, norm):
+        return right(rows, norm) * (1.01 if rows.numel() == len(norm[0]) else 1)
 
-    monkeypatch.setattr(few, "norm", wrong)
+    monkeypatch.setattr(few, "apply_norm", wrong)
     trunk = Trunk(make_model())
     assert trunk.is_lean
     trunk.prove((2, 4))

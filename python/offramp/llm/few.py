@@ -101,13 +101,13 @@ def multiply(
     return out
 
 
-def norm(rows: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Scale plain rows (..., I) to unit root mean square, and then by a weight (I,)."""
+def apply_norm(rows: torch.Tensor, norm: Norm) -> torch.Tensor:
+    """Norm plain rows (..., I)."""
     out, width = torch.empty_like(rows), rows.shape[-1]
-    if len(weight) != width:
+    if len(norm[0]) != width:
         raise ValueError("rows and the weight of their norm do not fit together")
     count = rows.numel() // width
-    _core.norm_rows(_NAMES[rows.dtype], rows.data_ptr(), out.data_ptr(), count, width, weight.data_ptr(), eps)
+    _core.norm_rows(_NAMES[rows.dtype], rows.data_ptr(), out.data_ptr(), count, width, _given(norm))
     return out
 
 

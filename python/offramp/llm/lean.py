@@ -524,7 +524,7 @@ def normed(norm: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     if few.are_few(hidden) and _is_rms(norm):
         changed = norm._forward_hooks or norm._forward_pre_hooks or "forward" in vars(norm)
         if not changed and few.are_plain(hidden.dtype, (hidden, plain.weight)):
-            return few.norm(hidden, plain.weight, float(plain.variance_epsilon))
+            return few.apply_norm(hidden, (plain.weight, float(plain.variance_epsilon)))
     found: torch.Tensor = norm(hidden)
     return found
 
@@ -562,7 +562,7 @@ def _is_rms(norm: nn.Module) -> bool:
 def _rms_norm(hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Scale to unit root mean square."""
     if few.are_few(hidden) and few.are_plain(hidden.dtype, (hidden, weight)):
-        return few.norm(hidden, weight, eps)
+        return few.apply_norm(hidden, (weight, eps))
     # Under autocast hidden states can be narrower than the weight, which torch's fused form does not take.
     return functional.rms_norm(hidden.to(weight.dtype), weight.shape, weight, eps)
 

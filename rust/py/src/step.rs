@@ -1,27 +1,36 @@
 //! A step over torch's tensors.
+//!
+//! Memory is given by its address, 0 where there is none; it is contiguous, of the dtype that is named, and nobody
+//! writes to it meanwhile.
 
 use crate::memory::{Plain, maybe, numbers, numbers_mut, size};
 use crate::{isa, team};
 use half::{bf16, f16};
 use offramp_core::step::{
-    Attention, Before, Finish, Heads, Linear, Norm, Number, Product, Rotary, Rows,
+    self, Attention, Before, Finish, Heads, Linear, Norm, Product, Rotary, Rows,
 };
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 
-/// Whether these functions are fast here: by vector instructions, and on torch's threads.
-#[pyfunction]
-pub fn steps_fast() -> PyResult<bool> {
-    Ok(isa::chosen()?.has_vectors() && team::is_there())
-}
+/// The address of a norm's weight, and ε.
+type NormAt = (usize, f64);
 
-/// Call a method for the type a dtype names.
-macro_rules! of_dtype {
-    ($dtype:expr, $value:ident.$method:ident($($argument:expr),*)) => {
+/// Evaluate an expression with the type a dtype names.
+macro_rules! with_type {
+    ($dtype:expr, |$type:ident| $body:expr) => {
         match $dtype {
-            "float32" => $value.$method::<f32>($($argument),*),
-            "float16" => $value.$method::<f16>($($argument),*),
-            "bfloat16" => $value.$method::<bf16>($($argument),*),
+            "float32" => {
+                type $type = f32;
+                $body
+            }
+            "float16" => {
+                type $type = f16;
+                $body
+            }
+            "bfloat16" => {
+                type $type = bf16;
+                $body
+            }
             other => Err(PyTypeError::new_err(format!(
                 "rows have dtype {other}: give float16, bfloat16 or float32"
             ))),
@@ -29,13 +38,20 @@ macro_rules! of_dtype {
     };
 }
 
+/// Whether these functions are fast here: by vector instructions, and on torch's threads.
+#[pyfunction]
+pub fn steps_fast() -> PyResult<bool> {
+    Ok(isa::chosen()?.has_vectors() && team::is_there())
+}
+
 /// Multiply `count` rows of a width with weights of that width, given as (weight, bias, height), into `out`.
 ///
-/// `norm` is a weight and ε that the rows are normed with before, `residual` what the products times `factor` are added to; `gated`
-/// products are of two weights, the second's times `silu` of the first's.  Memory is given by its address, 0 where
-/// there is none; it is contiguous, of the dtype, and nobody writes to it meanwhile.
+/// `norm` is what the rows are normed with before, `residual` what the products times `factor` are added to; `gated`
+/// products are of two weights, the second's times `silu` of the first's.
 #[pyfunction]
-#[pyo3(signature = (dtype, linears, rows, out, count, width, threads, norm=None, residual=0, factor=1.0, gated=false))]
+#[pyo3(signature = (
+    dtype, linears, rows, out, count, width, threads, norm=None, residual=0, factor=1.0, gated=false
+))]
 #[expect(
     clippy::too_many_arguments,
     reason = "a call for each product of a step"
@@ -49,79 +65,46 @@ pub fn multiply_rows(
     count: usize,
     width: usize,
     threads: u32,
-    norm: Option<(usize, f64)>,
+    norm: Option<NormAt>,
     residual: usize,
     factor: f32,
     gated: bool,
 ) -> PyResult<()> {
-    let call = Multiplication {
-        linears,
-        rows,
-        out,
-        count,
-        width,
-        norm,
-        residual,
-        factor,
-        gated,
-    };
-    of_dtype!(dtype, call.run(py, threads))
-}
-
-struct Multiplication {
-    linears: Vec<(usize, usize, usize)>,
-    rows: usize,
-    out: usize,
-    count: usize,
-    width: usize,
-    norm: Option<(usize, f64)>,
-    residual: usize,
-    factor: f32,
-    gated: bool,
-}
-
-impl Multiplication {
-    fn run<T: Number + Plain>(&self, py: Python<'_>, threads: u32) -> PyResult<()> {
-        let isa = isa::chosen()?;
-        let (count, width) = (self.count, self.width);
-        let heights = self.linears.iter().map(|&(_, _, height)| height);
-        let height = match self.gated {
-            false => heights.sum(),
-            true => heights.min().unwrap_or(0),
-        };
-        let linear = |&(weight, bias, height): &(usize, usize, usize)| {
+    let isa = isa::chosen()?;
+    if gated && linears.len() != 2 {
+        return Err(PyValueError::new_err("a gated block has two weights"));
+    }
+    let computed = &linears[..linears.len() - usize::from(gated)];
+    let height = computed.iter().map(|&(_, _, height)| height).sum();
+    let (given, found) = (size(&[count, width])?, size(&[count, height])?);
+    with_type!(dtype, |T| {
+        let linear = |&(weight, bias, height): &(usize, usize, usize)| -> PyResult<_> {
             Ok(Linear {
-                weight: numbers(weight, size(&[height, width])?)?,
+                weight: numbers::<T>(weight, size(&[height, width])?)?,
                 bias: maybe(bias, height)?,
             })
         };
-        let linears: Vec<Linear<'_, T>> =
-            self.linears.iter().map(linear).collect::<PyResult<_>>()?;
-        if self.gated && linears.len() != 2 {
-            return Err(PyValueError::new_err("a gated block has two weights"));
-        }
-        let norm = self.norm.map(|given| norm(given, width)).transpose()?;
-        let finish = match maybe(self.residual, size(&[count, height])?)? {
-            _ if self.gated => Finish::Gate,
-            Some(residual) => Finish::Add(residual, self.factor),
+        let linears: Vec<_> = linears.iter().map(linear).collect::<PyResult<_>>()?;
+        let finish = match maybe(residual, found)? {
+            _ if gated => Finish::Gate,
+            Some(residual) => Finish::Add(residual, factor),
             None => Finish::Store,
         };
         let rows = Rows {
-            numbers: numbers(self.rows, size(&[count, width])?)?,
+            numbers: numbers(rows, given)?,
             width,
-            norm,
+            norm: norm.map(|norm| norm_at(norm, width)).transpose()?,
         };
-        let out = numbers_mut(self.out, size(&[count, height])?)?;
+        let out = numbers_mut(out, found)?;
         py.detach(|| {
-            let team = threads as usize;
-            let product = Product::new(isa, &linears, finish, rows, out, team);
+            let product = Product::new(isa, &linears, finish, rows, out, threads as usize);
             team::run(members(threads, product.parts()), || product.work());
         });
         Ok(())
-    }
+    })
 }
 
-/// Scale `count` rows to unit root mean square, and then by a weight of their size, into `out`.
+/// Norm `count` rows of a width into `out`.
 #[pyfunction]
 pub fn norm_rows(
     dtype: &str,
@@ -129,43 +112,27 @@ pub fn norm_rows(
     out: usize,
     count: usize,
     width: usize,
-    weight: usize,
-    eps: f64,
+    norm: NormAt,
 ) -> PyResult<()> {
-    let call = Norming {
-        rows,
-        out,
-        count: size(&[count, width])?,
-        norm: (weight, eps),
-        width,
-    };
-    of_dtype!(dtype, call.run())
-}
-
-struct Norming {
-    rows: usize,
-    out: usize,
-    count: usize,
-    norm: (usize, f64),
-    width: usize,
-}
-
-impl Norming {
-    fn run<T: Number + Plain>(&self) -> PyResult<()> {
-        let out = numbers_mut(self.out, self.count)?;
-        out.copy_from_slice(numbers(self.rows, self.count)?);
-        offramp_core::step::norm_rows::<T>(isa::chosen()?, norm(self.norm, self.width)?, out);
+    let isa = isa::chosen()?;
+    let count = size(&[count, width])?;
+    with_type!(dtype, |T| {
+        let out = numbers_mut::<T>(out, count)?;
+        out.copy_from_slice(numbers(rows, count)?);
+        step::norm_rows(isa, norm_at(norm, width)?, out);
         Ok(())
-    }
+    })
 }
 
 /// Let new positions attend to those before and to themselves, as `step::Attention` does, into `out`.
 ///
 /// `heads` are those of queries, of keys, and their size; `rotary` cosines, sines and partners, or zeros; `cache` keys
-/// and values, with room for the new positions after those `seen`; a window of 0 is none; `norms` are weight and ε of
-/// those of each query head and of each key head.
+/// and values, with room for the new positions after those `seen`; a window of 0 is none; `norms` are those of each
+/// query head and of each key head.
 #[pyfunction]
-#[pyo3(signature = (dtype, projected, rotary, cache, out, count, seen, heads, scaling, window, threads, norms=None))]
+#[pyo3(signature = (
+    dtype, projected, rotary, cache, out, count, seen, heads, scaling, window, threads, norms=None
+))]
 #[expect(clippy::too_many_arguments, reason = "a call for each layer of a step")]
 pub fn attend_rows(
     py: Python<'_>,
@@ -180,79 +147,47 @@ pub fn attend_rows(
     scaling: f32,
     window: usize,
     threads: u32,
-    norms: Option<((usize, f64), (usize, f64))>,
+    norms: Option<(NormAt, NormAt)>,
 ) -> PyResult<()> {
-    let (wide, narrow, size) = heads;
-    let call = Attending {
-        projected,
-        norms,
-        rotary,
-        cache,
-        out,
-        count,
-        seen,
-        heads: Heads {
-            wide,
-            narrow,
-            size,
-            scaling,
-            window: (window > 0).then_some(window),
-        },
+    let isa = isa::chosen()?;
+    let (wide, narrow, each) = heads;
+    let (queries, angles) = (size(&[count, wide, each])?, size(&[count, each])?);
+    let (new, kept) = (
+        size(&[2, count, narrow, each])?,
+        size(&[seen + count, narrow, each])?,
+    );
+    let heads = Heads {
+        wide,
+        narrow,
+        size: each,
+        scaling,
+        window: (window > 0).then_some(window),
     };
-    of_dtype!(dtype, call.run(py, threads))
-}
-
-struct Attending {
-    projected: usize,
-    norms: Option<((usize, f64), (usize, f64))>,
-    rotary: (usize, usize, usize),
-    cache: (usize, usize),
-    out: usize,
-    count: usize,
-    seen: usize,
-    heads: Heads,
-}
-
-impl Attending {
-    fn run<T: Number + Plain>(&self, py: Python<'_>, threads: u32) -> PyResult<()> {
-        let isa = isa::chosen()?;
-        let Heads {
-            wide,
-            narrow,
-            size: each,
-            ..
-        } = self.heads;
-        let (count, new) = (self.count, size(&[narrow, each])?);
-        let queries = size(&[count, wide, each])?;
-        let projected = numbers(self.projected, queries + size(&[2, count, new])?)?;
-        let (cosines, sines, partners) = self.rotary;
-        let rotary = match maybe(cosines, size(&[count, each])?)? {
+    with_type!(dtype, |T| {
+        let projected = numbers::<T>(projected, queries + new)?;
+        let (cosines, sines, partners) = rotary;
+        let rotary = match maybe(cosines, angles)? {
             None => None,
             Some(cosines) => Some(Rotary {
                 cosines,
-                sines: numbers(sines, size(&[count, each])?)?,
+                sines: numbers(sines, angles)?,
                 partners: numbers(partners, each)?,
             }),
         };
-        let norms = match self.norms {
+        let norms = match norms {
             None => None,
-            Some((of_queries, of_keys)) => Some([norm(of_queries, each)?, norm(of_keys, each)?]),
+            Some((queries, keys)) => Some([norm_at(queries, each)?, norm_at(keys, each)?]),
         };
         let before = Before { norms, rotary };
-        let kept = size(&[self.seen + count, new])?;
-        let cache = (
-            numbers_mut(self.cache.0, kept)?,
-            numbers_mut(self.cache.1, kept)?,
-        );
-        let out = numbers_mut(self.out, queries)?;
+        let cache = (numbers_mut(cache.0, kept)?, numbers_mut(cache.1, kept)?);
+        let out = numbers_mut(out, queries)?;
         py.detach(|| {
-            let attention =
-                Attention::<T>::begin(isa, self.heads, projected, before, cache, self.seen, out);
+            let attention = Attention::begin(isa, heads, projected, before, cache, seen, out);
             team::run(members(threads, attention.parts()), || attention.work());
             attention.finish();
         });
         Ok(())
-    }
+    })
 }
 
 /// The whole team or nobody else: OpenMP lets threads go when a team is smaller than the last, and starts them anew.
@@ -260,7 +195,7 @@ fn members(threads: u32, parts: usize) -> u32 {
     if parts > 1 { threads } else { 1 }
 }
 
-fn norm<'a, T: Plain>((weight, eps): (usize, f64), width: usize) -> PyResult<Norm<'a, T>> {
+fn norm_at<'a, T: Plain>((weight, eps): NormAt, width: usize) -> PyResult<Norm<'a, T>> {
     Ok(Norm {
         weight: numbers(weight, width)?,
         eps,
