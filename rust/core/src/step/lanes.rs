@@ -306,6 +306,28 @@ mod tests {
         assert!(exp(f32::NAN).is_nan());
     }
 
+    /// As by the library, which has been tested by many: ties, infinities, NaN, subnormals.
+    #[test]
+    fn bfloat16_is_widened_and_rounded_as_by_the_library() {
+        for bits in 0..=u16::MAX {
+            let number = bf16::from_bits(bits);
+            let wide = sealed::Number::to_f32(number);
+            assert!(wide == bf16::to_f32(number) || wide.is_nan() && number.is_nan());
+            for below in [0, 1, 0x7fff, 0x8000, 0x8001, 0xffff] {
+                let value = f32::from_bits(u32::from(bits) << 16 | below);
+                let (ours, theirs) = (
+                    <bf16 as sealed::Number>::from_f32(value),
+                    bf16::from_f32(value),
+                );
+                assert!(
+                    ours == theirs || ours.is_nan() && theirs.is_nan(),
+                    "{value:e}"
+                );
+                assert_eq!(ours.is_nan(), value.is_nan());
+            }
+        }
+    }
+
     #[test]
     fn silu_ends_where_it_should() {
         assert_eq!((silu(0.0), silu(100.0)), (0.0, 100.0));
