@@ -193,8 +193,9 @@ def test_addresses_of_nothing_are_refused():
 def test_without_vector_instructions_nothing_is_done_here():
     """In processes of their own: what the core computes with is chosen once."""
     code = "import torch; from offramp.llm import few; print(few.IS_FAST)"
-    for isa in ("portable", "avx2"):
-        if isa in _core.instruction_sets():
+    for isa in _core.instruction_sets():
+        # Where nothing is done here anyway, nothing else can be expected of processes beside.
+        if isa == "portable" or few.IS_FAST:
             done = subprocess.run(
                 [sys.executable, "-c", code],
                 env={"OFFRAMP_ISA": isa, "PATH": ""},
@@ -202,7 +203,7 @@ def test_without_vector_instructions_nothing_is_done_here():
                 check=False,
                 text=True,
             )
-            assert done.stdout.strip() == str(isa != "portable" and few.IS_FAST), done.stderr
+            assert done.stdout.strip() == str(isa != "portable"), done.stderr
 
 
 @fast
