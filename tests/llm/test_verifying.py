@@ -50,12 +50,20 @@ def test_greedy_output_is_the_models_own(trained, model, thresholds, prompts, ca
 
 
 @pytest.mark.parametrize("row", range(4))
-def test_one_row_alone(trained, model, thresholds, prompts, row, cap):
+def test_one_row_alone(trained, model, thresholds, prompts, row, cap, monkeypatch):
+    drafted, append = [], verifying._Text._append
+    monkeypatch.setattr(
+        verifying._Text, "_append", lambda text, *given: drafted.append(given) or append(text, *given)
+    )
     ids = prompts[0][row : row + 1, int((prompts[1][row] == 0).sum()) :]
     own = model.generate(ids, max_new_tokens=NEW, do_sample=False)
     assert torch.equal(
         trained.generate(ids, max_new_tokens=NEW, mode="verify", thresholds=thresholds, max_pending=cap), own
     )
+    # Every draft is kept or refused.
+    found = trained.last_stats
+    kept = int((found.exit_layers < trained.num_layers).sum())
+    assert found.rejected_drafts == len(drafted) - kept
 
 
 def test_heads_that_are_always_sure_and_always_wrong_cost_only_time(trained, model, prompts):
