@@ -82,7 +82,7 @@ def tensor_row(value: Any) -> tuple[int, int, FloatName] | None:
     torch = sys.modules.get("torch")
     if torch is None or type(value) is not torch.Tensor:
         return None
-    name = _named_by(torch).get(value.dtype)
+    name = float_names(torch).get(value.dtype)
     if name is None or not value.is_cpu or value.layout is not torch.strided or value.ndim != 1:
         return None
     if value.requires_grad or value.is_neg() or not value.is_contiguous():
@@ -92,7 +92,8 @@ def tensor_row(value: Any) -> tuple[int, int, FloatName] | None:
 
 
 @cache
-def _named_by(torch: Any) -> dict[Any, FloatName]:
+def float_names(torch: Any) -> dict[Any, FloatName]:
+    """Name torch's dtypes as the core does; torch is handed over, as it is not imported here."""
     return {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 

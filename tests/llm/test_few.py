@@ -11,8 +11,8 @@ from offramp import _core
 from offramp.llm import few, lean
 from offramp.llm.trunk import Trunk
 from test_families import make as build
+from tiny import steps_by_the_core
 
-fast = pytest.mark.skipif(not few.IS_FAST, reason="needs vector instructions and torch on OpenMP")
 # Arranged as Llama's: with a window, with biases, with all in one matrix, without angles in some layers, with norms of
 # heads, with a factor of what is added.
 COMMON = [
@@ -65,7 +65,7 @@ def decoded(trunk, widths, length=5):
     return torch.cat(found, dim=1), kept
 
 
-@fast
+@steps_by_the_core
 @torch.no_grad()
 @pytest.mark.parametrize("family", COMMON)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -81,7 +81,7 @@ def test_it_gives_what_the_layers_own_operations_give(family, dtype, calls, monk
         torch.testing.assert_close(mine, other, rtol=tolerance, atol=tolerance)
 
 
-@fast
+@steps_by_the_core
 @torch.no_grad()
 def test_a_row_comes_out_the_same_beside_whatever_rows():
     """To the bit, on however many threads."""
@@ -97,7 +97,7 @@ def test_a_row_comes_out_the_same_beside_whatever_rows():
         assert torch.equal(mine, other)
 
 
-@fast
+@steps_by_the_core
 @torch.no_grad()
 @pytest.mark.parametrize("family", OTHERS)
 def test_layers_that_are_arranged_otherwise_are_left_alone(family, calls):
@@ -105,7 +105,7 @@ def test_layers_that_are_arranged_otherwise_are_left_alone(family, calls):
     assert not calls
 
 
-@fast
+@steps_by_the_core
 @torch.no_grad()
 def test_what_it_cannot_do_is_left_to_the_layers_operations(calls):
     model = build("Llama")
@@ -128,7 +128,7 @@ def test_what_it_cannot_do_is_left_to_the_layers_operations(calls):
     assert len(calls) == trunk.num_layers - 1, "a weight in another order"
 
 
-@fast
+@steps_by_the_core
 def test_gradients_are_torchs(calls):
     trunk = Trunk(build("Llama").requires_grad_(True))
     with torch.enable_grad():
@@ -146,7 +146,7 @@ def test_gradients_are_torchs(calls):
     assert hidden.grad[0, 5].abs().sum() > 0
 
 
-@fast
+@steps_by_the_core
 @torch.no_grad()
 def test_the_last_layer_computes_picked_rows_alone():
     trunk = Trunk(build("Llama"))
@@ -161,7 +161,7 @@ def test_the_last_layer_computes_picked_rows_alone():
     assert torch.equal(run(torch.tensor([3, 1])), run(None)[0, [3, 1]])
 
 
-@fast
+@steps_by_the_core
 def test_addresses_of_nothing_are_refused():
     rows, weight, out = torch.ones(1, 16), torch.ones(24, 16), torch.empty(1, 24)
 
@@ -206,7 +206,7 @@ def test_without_vector_instructions_nothing_is_done_here():
             assert done.stdout.strip() == str(isa != "portable"), done.stderr
 
 
-@fast
+@steps_by_the_core
 def test_a_step_that_deviates_is_given_up(monkeypatch):
     """With the whole lean path, as any other deviation is."""
     right = lean.LeanLayer.step
@@ -217,7 +217,7 @@ def test_a_step_that_deviates_is_given_up(monkeypatch):
     assert not trunk.is_lean
 
 
-@fast
+@steps_by_the_core
 @torch.no_grad()
 def test_what_does_not_fit_together_is_refused():
     rows, weight, bias = torch.ones(2, 16), torch.ones(24, 16), torch.ones(24)

@@ -6,9 +6,9 @@ import pytest
 import torch
 from offramp import _core
 from offramp.llm import few, products
+from tiny import steps_by_the_core
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
-needs_ours = pytest.mark.skipif(not few.IS_FAST, reason="needs vector instructions and torch on OpenMP")
 
 
 def drawn(rows, dtype=torch.float32, biased=False, width=16):
@@ -40,7 +40,7 @@ def calls(monkeypatch):
     return seen
 
 
-@needs_ours
+@steps_by_the_core
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("rows", [0, 1, 2, 3, 8, 9, 16, 17])
 @pytest.mark.parametrize("biased", [False, True])
@@ -57,7 +57,7 @@ def test_few_rows_are_multiplied_by_the_core(calls, dtype, rows, biased, width):
     torch.testing.assert_close(found, exact(*given).to(dtype), **tolerance)
 
 
-@needs_ours
+@steps_by_the_core
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_an_output_is_the_same_beside_whatever_rows(dtype):
     hidden, weight, bias = drawn(8, dtype, True, 100)
@@ -67,7 +67,7 @@ def test_an_output_is_the_same_beside_whatever_rows(dtype):
         assert torch.equal(alone, together[:, row : row + 1])
 
 
-@needs_ours
+@steps_by_the_core
 def test_rows_and_weights_that_are_views(calls):
     hidden, weight, _ = drawn(4, width=32)
     views = hidden[..., ::2], weight[:, 16:], None
@@ -78,7 +78,7 @@ def test_rows_and_weights_that_are_views(calls):
     assert calls
 
 
-@needs_ours
+@steps_by_the_core
 def test_what_the_core_cannot_read_is_left_to_torch(calls):
     hidden, weight, bias = drawn(2, biased=True)
     with torch.autocast("cpu", torch.bfloat16):
@@ -120,7 +120,7 @@ def test_gradients_come_through(wanted):
         torch.testing.assert_close(weight.grad, hidden[0].expand(24, 16))
 
 
-@needs_ours
+@steps_by_the_core
 def test_a_weight_that_could_be_trained_is_read_where_nothing_is_learnt(calls):
     hidden, weight, _ = drawn(1)
     weight.requires_grad_()

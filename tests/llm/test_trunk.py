@@ -8,7 +8,7 @@ from offramp import EarlyExitModel, InputError, ModelError
 from offramp.llm import few, lean
 from offramp.llm.cache import GrowingCache
 from offramp.llm.trunk import Trunk, positions_from_mask
-from tiny import make_model
+from tiny import make_model, steps_by_the_core
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -131,9 +131,8 @@ def test_a_lean_path_that_deviates_is_given_up(monkeypatch, part):
     assert not trunk.is_lean
 
 
+@steps_by_the_core
 def test_a_way_that_only_single_rows_go_is_proved_too(monkeypatch):
-    if not few.IS_FAST:
-        pytest.skip("a few rows go no way of their own here")
     right = few.apply_norm
 
     def wrong(rows, norm):

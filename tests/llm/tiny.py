@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+from offramp.llm import few
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+steps_by_the_core = pytest.mark.skipif(
+    not few.IS_FAST, reason="needs vector instructions and torch on OpenMP"
+)
 
 VOCAB = 89
 END = 5

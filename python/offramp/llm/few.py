@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from offramp import _core
+from offramp.arrays import float_names
 
 Linear = tuple[torch.Tensor, torch.Tensor | None]
 Norm = tuple[torch.Tensor, float]
@@ -20,7 +21,7 @@ Norm = tuple[torch.Tensor, float]
 IS_FAST = _core.steps_fast()
 """Whether the processor has the instructions, and torch the threads, for it."""
 
-_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+_NAMES = float_names(torch)
 # Measured on Zen 5, two threads: of more rows torch's product takes as long, and in float32 of 17 half as long again.
 _MOST = {torch.float32: 16, torch.float16: 8, torch.bfloat16: 8}
 _PLAIN = (torch.Tensor, torch.nn.Parameter)

@@ -521,12 +521,15 @@ def normed(norm: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     On SmolLM2 transformers' module takes as long for a row as a tenth of a head.
     """
     plain: Any = norm
-    if few.are_few(hidden) and _is_rms(norm):
+    if _is_rms(norm):
         changed = norm._forward_hooks or norm._forward_pre_hooks or "forward" in vars(norm)
-        if not changed and few.are_plain(hidden.dtype, (hidden, plain.weight)):
-            return few.apply_norm(hidden, (plain.weight, float(plain.variance_epsilon)))
-    found: torch.Tensor = norm(hidden)
-    return found
+        if (
+            not changed
+            and (found := _by_core(hidden, plain.weight, float(plain.variance_epsilon))) is not None
+        ):
+            return found
+    own: torch.Tensor = norm(hidden)
+    return own
 
 
 def _norm(owner: Any, name: str | None) -> Map | None:
@@ -559,10 +562,17 @@ def _is_rms(norm: nn.Module) -> bool:
     return type(norm).__name__.endswith("RMSNorm") and hasattr(norm, "variance_epsilon")
 
 
-def _rms_norm(hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Scale to unit root mean square."""
+def _by_core(hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor | None:
+    """Norm rows (..., H) if they are few; ``None`` for others."""
     if few.are_few(hidden) and few.are_plain(hidden.dtype, (hidden, weight)):
         return few.apply_norm(hidden, (weight, eps))
+    return None
+
+
+def _rms_norm(hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Scale to unit root mean square."""
+    if (found := _by_core(hidden, weight, eps)) is not None:
+        return found
     # Under autocast hidden states can be narrower than the weight, which torch's fused form does not take.
     return functional.rms_norm(hidden.to(weight.dtype), weight.shape, weight, eps)
 

@@ -13,10 +13,8 @@ from torch.nn import functional
 from offramp.llm import few
 
 _PROCESSOR: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-MATRIX_UNITS = bool(_PROCESSOR.get("amx_bf16"))
-"""Whether the processor has units for matrices of bfloat16 (AMX), which multiply ten times as fast as float32."""
-BFLOAT16_PRODUCTS = MATRIX_UNITS or bool(_PROCESSOR.get("avx512_bf16"))
-"""Whether it multiplies bfloat16 faster than float32 at all: with AVX-512 alone twice as fast."""
+BFLOAT16_PRODUCTS = bool(_PROCESSOR.get("amx_bf16") or _PROCESSOR.get("avx512_bf16"))
+"""Whether the processor multiplies bfloat16 faster than float32: with AMX ten times, with AVX-512 twice."""
 
 # Without AVX-512 torch multiplies 16-bit numbers row by row: from 4 rows on, a float32 copy of each weight for the
 # moment of the product is faster (40 rows: 5 times).

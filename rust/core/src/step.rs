@@ -17,15 +17,23 @@ pub use product::{Finish, Linear, Norm, Product, Rows, norm_rows};
 use std::sync::{Mutex, PoisonError};
 
 /// What is left to do, for whoever of a team asks next.
-struct Queue<P>(Mutex<std::vec::IntoIter<P>>);
+struct Queue<P> {
+    left: Mutex<std::vec::IntoIter<P>>,
+    /// How many parts there were.
+    count: usize,
+}
 
 impl<P> Queue<P> {
     fn of(parts: Vec<P>) -> Self {
-        Self(Mutex::new(parts.into_iter()))
+        Self {
+            count: parts.len(),
+            left: Mutex::new(parts.into_iter()),
+        }
     }
 
     fn next(&self) -> Option<P> {
         // Poisoning cannot matter: to take from the list cannot panic.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).next()
+        let mut left = self.left.lock().unwrap_or_else(PoisonError::into_inner);
+        left.next()
     }
 }

@@ -61,7 +61,6 @@ pub struct Attention<'a, T> {
     values: &'a [T],
     groups: Vec<Group>,
     blocks: Queue<Range<usize>>,
-    count: usize,
     found: Mutex<Vec<(usize, Vec<Mixed>)>>,
     out: &'a mut [T],
 }
@@ -148,7 +147,6 @@ impl<'a, T: Number> Attention<'a, T> {
             keys,
             values,
             groups,
-            count: blocks.len(),
             blocks: Queue::of(blocks),
             found: Mutex::new(Vec::new()),
             out,
@@ -157,7 +155,7 @@ impl<'a, T: Number> Attention<'a, T> {
 
     /// How many members of a team would find something to do.
     pub fn parts(&self) -> usize {
-        self.count
+        self.blocks.count
     }
 
     /// Take block after block until none is left; every member of the team calls it, in any order, or one alone does.

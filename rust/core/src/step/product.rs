@@ -57,7 +57,6 @@ pub struct Product<'a, T> {
     isa: InstructionSet,
     width: usize,
     rows: Vec<Chunk>,
-    count: usize,
     parts: Queue<Part<'a, T>>,
 }
 
@@ -98,14 +97,13 @@ impl<'a, T: Number> Product<'a, T> {
             isa,
             width,
             rows: arch::run(isa, Widening(rows)),
-            count: parts.len(),
             parts: Queue::of(parts),
         }
     }
 
     /// How many members of a team would find something to do.
     pub fn parts(&self) -> usize {
-        self.count
+        self.parts.count
     }
 
     /// Take part after part until none is left; every member of the team calls it, in any order, or one alone does.
