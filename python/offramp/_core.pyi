@@ -1,13 +1,13 @@
 """The compiled core: arguments are checked and laid out by `offramp.calibration` and its neighbours."""
 
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 from numpy.typing import NDArray
 
 __all__ = [
+    "Layers",
     "__version__",
-    "attend_rows",
     "binomial_p_value",
     "binomial_upper_bound",
     "calibrate_cascade",
@@ -49,32 +49,14 @@ def instruction_sets() -> list[str]: ...
 def steps_fast() -> bool: ...
 def multiply_rows(
     dtype: str,
-    linears: list[tuple[int, int, int]],
+    linear: tuple[int, int, int, int],
     rows: int,
     out: int,
     count: int,
     width: int,
     threads: int,
-    norm: tuple[int, float] | None = None,
-    residual: int = 0,
-    factor: float = 1.0,
-    gated: bool = False,
 ) -> None: ...
 def norm_rows(dtype: str, rows: int, out: int, count: int, width: int, norm: tuple[int, float]) -> None: ...
-def attend_rows(
-    dtype: str,
-    projected: int,
-    rotary: tuple[int, int, int],
-    cache: tuple[int, int],
-    out: int,
-    count: int,
-    seen: int,
-    heads: tuple[int, int, int],
-    scaling: float,
-    window: int,
-    threads: int,
-    norms: tuple[tuple[int, float], tuple[int, float]] | None = None,
-) -> None: ...
 def exits_rows(
     logits: NDArray[Any],
     dtype: str,
@@ -114,3 +96,15 @@ def calibrate_cascade(
     groups: tuple[NDArray[np.uint32], int, int] | None,
     threads: int,
 ) -> tuple[list[float], list[int], list[int], int]: ...
+
+@final
+class Layers:
+    def __new__(
+        cls,
+        dtype: str,
+        width: int,
+        layers: list[Any],
+        before: tuple[int, int, int, int] | None = None,
+        after: tuple[int, float] | None = None,
+    ) -> Layers: ...
+    def run(self, first: int, last: int, threads: int, given: Any) -> None: ...

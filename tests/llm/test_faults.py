@@ -9,6 +9,7 @@ import torch
 from offramp import EarlyExitModel, HeadConfig, InputError, ModelError, OutOfMemoryError
 from offramp.llm.cache import cache_argument
 from offramp.llm.decoding import Exit, Rollout
+from offramp.llm.stepping import Steps
 from tiny import END, VOCAB, make_model
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
@@ -32,19 +33,30 @@ def fail_in_layer(monkeypatch, trunk, layer, at, error):
     """Let a layer fail at its call number ``at``, after it wrote to its cache."""
     mine = trunk._lean.layers[layer] if trunk.is_lean else trunk.layers[layer]
     name = "run" if trunk.is_lean else "forward"
-    run = getattr(type(mine), name)
     count = 0
 
-    def failing(self, *arguments, **keywords):
-        nonlocal count
-        hidden = run(self, *arguments, **keywords)
-        if self is mine:
-            count += 1
-            if count == at:
-                raise error
-        return hidden
+    def failing(run, runs_mine):
+        def call(self, *arguments, **keywords):
+            nonlocal count
+            hidden = run(self, *arguments, **keywords)
+            if runs_mine(self, *arguments):
+                count += 1
+                if count == at:
+                    raise error
+            return hidden
 
-    monkeypatch.setattr(type(mine), name, failing)
+        return call
+
+    alone = failing(getattr(type(mine), name), lambda self, *_: self is mine)
+    monkeypatch.setattr(type(mine), name, alone)
+    # Several in one call, where the core runs them; a head's own are prepared apart.
+    among = failing(
+        Steps.run,
+        lambda self, _, first, caches, *__: (
+            trunk._lean is not None and self is trunk._lean._steps and first <= layer < first + len(caches)
+        ),
+    )
+    monkeypatch.setattr(Steps, "run", among)
 
 
 def make_gpt2():
@@ -101,7 +113,7 @@ def test_a_segment_that_failed_can_be_run_again(exits, prompts, monkeypatch):
     """Its inputs still wait, its layers have not kept half of the keys, and the cache comes out as the full model's."""
     ids, mask = prompts
     trunk, model = exits._trunk, exits.model
-    heads = [Exit(layer, exits.heads.after(layer), 0.3) for layer in exits.layers]
+    heads = [Exit(layer, exits.heads_in_use.after(layer), 0.3) for layer in exits.layers]
     fail_in_layer(monkeypatch, trunk, 4, 3, MEMORY[0])
     tokens, failed = ids, 0
     with torch.no_grad():
@@ -137,7 +149,7 @@ def test_another_failure_half_way_is_passed_on_and_changes_nothing(exits, prompt
     settings = {"attention_mask": mask, "max_new_tokens": NEW, "do_sample": False}
     before = exits.model.generate(ids, **settings)
     if where == "head":
-        head = exits.heads.after(3)
+        head = exits.heads_in_use.after(3)
         monkeypatch.setattr(head, "advance", Failing(head.advance, 5, KeyboardInterrupt()))
     else:
         fail_in_layer(monkeypatch, exits._trunk, 2, 5, KeyboardInterrupt())
@@ -178,7 +190,7 @@ def test_a_model_whose_logits_are_nan_is_named(exits, prompts, monkeypatch, mode
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("mode", ["exit", "verify"])
 def test_a_head_whose_logits_are_not_numbers_is_named(exits, prompts, monkeypatch, mode, value):
-    head = exits.heads.after(3)
+    head = exits.heads_in_use.after(3)
     logits = head.logits
     monkeypatch.setattr(head, "logits", lambda features: logits(features) * value)
     with pytest.raises(ModelError, match=r"^model: the head after layer 3 gave logits that are not numbers"):

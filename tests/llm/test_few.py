@@ -8,7 +8,10 @@ import sys
 import pytest
 import torch
 from offramp import _core
-from offramp.llm import few, lean
+from offramp.llm import few, stepping
+from offramp.llm.few import Linear, Narrow
+from offramp.llm.rounding import round_linear
+from offramp.llm.stepping import Steps
 from offramp.llm.trunk import Trunk
 from test_families import make as build
 from tiny import steps_by_the_core
@@ -42,9 +45,14 @@ def threads(request):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The rows that attended in the core."""
-    seen, own = [], _core.attend_rows
-    monkeypatch.setattr(_core, "attend_rows", lambda *given: seen.append(given[5]) or own(*given))
+    """The rows, and how many layers they went through, of each call of the core."""
+    seen, own = [], Steps.run
+
+    def run(steps, hidden, first, caches, *rest, **more):
+        seen.append((hidden.shape[1], len(caches)))
+        return own(steps, hidden, first, caches, *rest, **more)
+
+    monkeypatch.setattr(Steps, "run", run)
     return seen
 
 
@@ -72,10 +80,10 @@ def decoded(trunk, widths, length=5):
 def test_it_gives_what_the_layers_own_operations_give(family, dtype, calls, monkeypatch):
     trunk = Trunk(build(family).to(dtype))
     ours, kept = decoded(trunk, (1, 3, 8, 1))
-    assert calls == [rows for rows in (1, 3, 8, 1) for _ in range(trunk.num_layers)]
+    assert calls == [(rows, trunk.num_layers) for rows in (1, 3, 8, 1)]
     monkeypatch.setattr(few, "IS_FAST", False)
     theirs, others = decoded(trunk, (1, 3, 8, 1))
-    assert len(calls) == 4 * trunk.num_layers
+    assert len(calls) == 4
     tolerance = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}[dtype]
     for mine, other in zip([ours, *kept], [theirs, *others], strict=True):
         torch.testing.assert_close(mine, other, rtol=tolerance, atol=tolerance)
@@ -121,11 +129,34 @@ def test_what_it_cannot_do_is_left_to_the_layers_operations(calls):
     for part in (slice(0, 5), slice(5, 6)):
         trunk.run(hidden[:1, part], 0, 2, cache=cache, positions=positions[:1, part], attention_mask=mask)
     assert not calls, "several sequences, or padding"
-    model.model.layers[0].mlp.down_proj.weight.data = (
-        model.model.layers[0].mlp.down_proj.weight.data.T.contiguous().T
-    )
+    down = model.model.layers[0].mlp.down_proj.weight
+    down.data = down.data.T.contiguous().T
     decoded(trunk, (1,))
-    assert len(calls) == trunk.num_layers - 1, "a weight in another order"
+    assert not calls, "a weight in another order"
+    down.data = down.data.contiguous()
+    decoded(trunk, (1,))
+    assert calls
+
+
+@steps_by_the_core
+@torch.no_grad()
+def test_weights_that_are_elsewhere_are_found_when_a_sequence_begins(calls):
+    model = build("Llama")
+    trunk = Trunk(model)
+    before, _ = decoded(trunk, (1, 2))
+    model.double().float()
+    again, _ = decoded(trunk, (1, 2))
+    assert torch.equal(again, before)
+    up = model.model.layers[1].mlp.up_proj.weight
+    up.data = 2 * up.data
+    changed, _ = decoded(trunk, (1, 2))
+    assert len(calls) == 6
+    fresh, _ = decoded(Trunk(model), (1, 2))
+    assert torch.equal(changed, fresh)
+    assert not torch.equal(changed, before)
+    model.bfloat16()
+    decoded(trunk, (1, 2))
+    assert len(calls) == 10, "in another dtype"
 
 
 @steps_by_the_core
@@ -151,43 +182,122 @@ def test_gradients_are_torchs(calls):
 def test_the_last_layer_computes_picked_rows_alone():
     trunk = Trunk(build("Llama"))
     form = trunk.lean_form(list(trunk.layers))
+    steps = Steps(form)
     hidden, positions = torch.randn(1, 9, trunk.hidden_size), torch.arange(9)[None]
 
-    def run(picked):
+    def run(way, what, picked):
         cache = trunk.new_cache()
         trunk.run(hidden[:, :5], 0, trunk.num_layers, cache=cache, positions=positions[:, :5])
-        return trunk.run_lean(form, hidden[:, 5:], 0, cache=cache, positions=positions[:, 5:], picked=picked)
+        more = {"attention_mask": None, "picked": picked}
+        return way(what, hidden[:, 5:], 0, cache=cache, positions=positions[:, 5:], **more)
 
-    assert torch.equal(run(torch.tensor([3, 1])), run(None)[0, [3, 1]])
+    every = run(trunk.step_lean, steps, None)
+    assert torch.equal(run(trunk.step_lean, steps, torch.tensor([3, 1])), every[0, [3, 1]])
+    for picked in (None, torch.tensor([3, 1])):
+        ours, theirs = run(trunk.step_lean, steps, picked), run(trunk.run_lean, form, picked)
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@steps_by_the_core
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rounds", [False, True])
+def test_what_a_head_has_before_and_after_its_layers_is_done_on_the_way(dtype, rounds):
+    trunk = Trunk(build("Llama").to(dtype))
+    width = trunk.hidden_size
+    linears = [module for module in trunk.layers[-1].modules() if isinstance(module, torch.nn.Linear)]
+    before = torch.nn.Linear(width, width, dtype=dtype)
+    if rounds:
+        for linear in (before, *linears):
+            round_linear(linear)
+    (layer,) = trunk.lean_form([trunk.layers[-1]])
+    after = layer.before_block
+    steps = Steps([layer], before=Linear.of(before), after=after)
+    first = trunk.num_layers - 1
+    hidden, positions = torch.randn(1, 9, width).to(dtype), torch.arange(9)[None]
+    kept = []
+    for ours in (True, False):
+        cache = trunk.new_cache()
+        trunk.run_lean([layer], hidden[:, :5], first, cache=cache, positions=positions[:, :5])
+        given, at = hidden[:, 5:], {"cache": cache, "positions": positions[:, 5:]}
+        if ours:
+            found = trunk.step_lean(steps, given, first, **at, attention_mask=None, picked=None)
+        else:
+            found = after(trunk.run_lean([layer], before(given), first, **at))
+        kept.append((found, cache.growing[first].keys, cache.growing[first].values))
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 6e-2}[dtype]
+    for mine, other in zip(*kept, strict=True):
+        torch.testing.assert_close(mine, other, rtol=tolerance, atol=tolerance)
 
 
 @steps_by_the_core
 def test_addresses_of_nothing_are_refused():
     rows, weight, out = torch.ones(1, 16), torch.ones(24, 16), torch.empty(1, 24)
 
-    def multiply(dtype="float32", linears=((0, 0),), at=(0, 0), sizes=(1, 16), **more):
-        given = [(weight.data_ptr() + weight_at, bias, 24) for weight_at, bias in linears]
+    def multiply(dtype="float32", linear=(0, 0, 0), at=(0, 0), sizes=(1, 16)):
+        weight_at, scales, bias = linear
         memory = (rows.data_ptr() + at[0], out.data_ptr() + at[1])
-        _core.multiply_rows(dtype, given, *memory, *sizes, 1, **more)
+        _core.multiply_rows(dtype, (weight.data_ptr() + weight_at, scales, bias, 24), *memory, *sizes, 1)
 
     multiply()
     assert torch.equal(out, torch.full((1, 24), 16.0))
     with pytest.raises(TypeError, match="float64"):
         multiply("float64")
     for wrong in (
-        {"linears": ((-weight.data_ptr(), 0),)},
-        {"linears": ((1, 0),)},
-        {"linears": ((0, 2),)},
+        {"linear": (-weight.data_ptr(), 0, 0)},
+        {"linear": (1, 0, 0)},
+        {"linear": (0, 2, 0)},
+        {"linear": (0, 0, 2)},
         {"at": (-rows.data_ptr(), 0)},
         {"at": (0, 2)},
         {"sizes": (0, 16)},
         {"sizes": (1, 0)},
-        {"norm": (2, 1e-5)},
-        {"residual": 2},
-        {"gated": True},
     ):
-        with pytest.raises(ValueError, match=r"nothing at this address|two weights"):
+        with pytest.raises(ValueError, match="nothing at this address"):
             multiply(**wrong)
+
+
+@steps_by_the_core
+def test_layers_whose_addresses_lead_nowhere_are_refused():
+    memory = torch.ones(64, 64)
+    at = memory.data_ptr()
+    square, norm = (at, 0, 0, 16), (at, 1e-5)
+    layer = stepping._Layer(
+        norm, [(at, 0, 0, 48)], None, (2, 2, 8), 1.0, 0, square, norm, (square, square), square, 1.0, 0
+    )
+    places, partner = torch.tensor([8]), torch.arange(8)
+    keys, values, out = torch.zeros(64), torch.zeros(64), torch.zeros(16)
+    caches = [(keys.data_ptr(), values.data_ptr())]
+    given = stepping._Run(
+        at, 1, places.data_ptr(), [(at, at, 9)], partner.data_ptr(), caches, 3, None, out.data_ptr()
+    )
+
+    def run(first=0, last=1, layer=layer, **other):
+        _core.Layers("float32", 16, [layer], **other.pop("beside", {})).run(
+            first, last, 1, given._replace(**other)
+        )
+
+    run()
+    assert out.isfinite().all()
+    assert out.abs().sum() > 0
+    for message, wrong in (
+        ("no such layers", {"last": 2}),
+        ("no such layers", {"last": 0}),
+        ("no such layers", {"caches": []}),
+        ("no such table", {"layer": layer._replace(table=1)}),
+        ("not in the table", {"tables": [(at, at, 8)]}),
+        ("not there is picked", {"picked": [1]}),
+        ("nothing at this address", {"rows": 0}),
+        ("nothing at this address", {"caches": [(0, at)]}),
+        ("nothing at this address", {"picked": []}),
+        ("nothing at this address", {"layer": layer._replace(down=(0, 0, 0, 16))}),
+        ("int8 and others are not", {"layer": layer._replace(down=(at, at, 0, 16))}),
+        ("int8 and others are not", {"beside": {"before": (at, at, 0, 16)}}),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(**wrong)
+    with pytest.raises(TypeError, match="float64"):
+        _core.Layers("float64", 16, [layer]).run(0, 1, 1, given)
 
 
 def test_without_vector_instructions_nothing_is_done_here():
@@ -209,8 +319,8 @@ def test_without_vector_instructions_nothing_is_done_here():
 @steps_by_the_core
 def test_a_step_that_deviates_is_given_up(monkeypatch):
     """With the whole lean path, as any other deviation is."""
-    right = lean.LeanLayer.step
-    monkeypatch.setattr(lean.LeanLayer, "step", lambda *given: 1.01 * right(*given))
+    right = Steps.run
+    monkeypatch.setattr(Steps, "run", lambda *given: 1.01 * right(*given))
     trunk = Trunk(build("Llama"))
     assert trunk.is_lean
     trunk.prove((1, 2))
@@ -221,34 +331,48 @@ def test_a_step_that_deviates_is_given_up(monkeypatch):
 @torch.no_grad()
 def test_what_does_not_fit_together_is_refused():
     rows, weight, bias = torch.ones(2, 16), torch.ones(24, 16), torch.ones(24)
-    for linears, more in (
-        ([(weight[:, :8].contiguous(), None)], {}),
-        ([(weight, bias[:7])], {}),
-        ([(weight, None), (weight[:7], None)], {"gated": True}),
-        ([(weight, None)], {"norm": (bias, 1e-5)}),
-        ([(weight, None)], {"residual": rows}),
-    ):
+    for linear in (Linear(weight[:, :8].contiguous()), Linear(weight, bias[:7])):
         with pytest.raises(ValueError, match="do not fit together"):
-            few.multiply(rows, linears, **more)
-    projected, angles, partner = torch.ones(2, 32), torch.ones(1, 2, 1, 8), torch.arange(8)
-    cache = torch.ones(1, 9, 1, 8)
-    right = (projected, (2, 1, 8), (angles, angles), partner, (cache, cache), 7, 1.0, None)
-    few.attend(*right)
+            few.multiply(rows, linear)
+    with pytest.raises(ValueError, match="do not fit together"):
+        few.apply_norm(rows, (bias, 1e-5))
+    trunk = Trunk(build("Llama"))
+    steps = Steps(trunk.lean_form(list(trunk.layers)))
+    table = torch.ones(9, 8)
+    hidden, positions = torch.randn(1, 7, trunk.hidden_size), torch.arange(7)[None]
+
+    def given():
+        cache = trunk.new_cache()
+        trunk.run(hidden[:, :5], 0, trunk.num_layers, cache=cache, positions=positions[:, :5])
+        return [hidden[:, 5:], 0, cache.growing, positions[:, 5:], [(table, table)], torch.arange(8)]
+
+    steps.run(*given())
+    halves = Trunk(build("Llama").bfloat16()).new_cache().growing
+    for layer in halves:
+        layer.update(torch.ones(1, 2, 5, 8).bfloat16(), torch.ones(1, 2, 5, 8).bfloat16())
     for place, wrong in (
-        (0, torch.ones(2, 40)),
-        (2, (angles[:, :1], angles)),
-        (3, partner[:7]),
-        (4, (cache, cache[:, :8])),
-        (4, (cache.expand(2, 9, 1, 8), cache)),
-        (4, (cache.view(1, 9, 2, 4), cache)),
-        (5, 8),
+        (0, hidden[:, 5:, :16]),
+        (2, halves),
+        (3, positions[:, 4:]),
+        (3, positions[:, 5:].expand(2, 2)),
+        (4, [(table, table[:, :6])]),
+        (4, [(table, table.double())]),
+        (5, torch.arange(7)),
     ):
+        arguments = given()
+        arguments[place] = wrong
         with pytest.raises(ValueError, match="do not fit together"):
-            few.attend(*right[:place], wrong, *right[place + 1 :])
+            steps.run(*arguments)
 
 
 def test_gate_and_up_may_be_one_with_a_bias():
     weight, bias = torch.arange(12.0).view(6, 2), torch.arange(6.0)
-    (gate, first), (up, second) = lean._halves([(weight, bias)])
-    assert torch.equal(torch.cat((gate, up)), weight)
-    assert torch.equal(torch.cat((first, second)), bias)
+    narrow = Narrow(torch.arange(12, dtype=torch.int8).view(6, 2), torch.arange(6.0))
+    gate, up = stepping.halves([Linear(weight, bias, narrow)])
+    assert torch.equal(torch.cat((gate.weight, up.weight)), weight)
+    assert torch.equal(torch.cat((gate.bias, up.bias)), bias)
+    assert torch.equal(torch.cat((gate.narrow.values, up.narrow.values)), narrow.values)
+    assert torch.equal(torch.cat((gate.narrow.scales, up.narrow.scales)), narrow.scales)
+    assert stepping.halves([gate, up]) == [gate, up]
+    alone, _ = stepping.halves([Linear(weight)])
+    assert alone.bias is alone.narrow is None

@@ -47,7 +47,7 @@ def test_every_confidence_is_that_of_the_heads_softmax(trained, other, model, co
                 assert reading.groups[place] == group
                 assert reading.emitted[place] == item.tokens[position] == reading.model_choices[place]
                 for index, layer in enumerate(ee.layers):
-                    head = ee.heads.after(layer)
+                    head = ee.heads_in_use.after(layer)
                     p = head(hidden[layer][0, position - 1]).double().softmax(dim=-1)
                     top = p.topk(2)
                     expected = (top.values[0] - top.values[1], top.values[0], (p * p.log()).sum())

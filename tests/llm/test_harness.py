@@ -118,7 +118,7 @@ def test_each_position_takes_the_first_head_that_would_have_exited(exits):
         for position in range(20):
             expected, answering = output.logits[row, position], 3
             for index in reversed(range(3)):
-                head = exits.heads.after(LAYERS[index])
+                head = exits.heads_in_use.after(LAYERS[index])
                 said = head(output.hidden_states[LAYERS[index]][row, position])
                 p = said.softmax(-1).topk(2).values
                 if float(p[0] - p[1]) >= thresholds[index]:

@@ -10,7 +10,6 @@ import offramp
 import pytest
 import torch
 from offramp import EarlyExitModel, ExitHead, HeadConfig, InputError, register_head
-from offramp.llm import lean
 from offramp.llm.decoding import Exit, Rollout
 from offramp.llm.heads import make_head
 from offramp.llm.reading import Reader
@@ -88,11 +87,11 @@ def test_rows_that_waited_stop_at_the_attention_of_the_last_layer(monkeypatch):
     head.advance(hidden[:, :4], state, positions[:, :4], None)
     rows = {}
 
-    def watched(normed, weight, bias):
+    def watched(normed, weight, bias, _narrow=None):
         rows[id(weight)] = len(normed)
         return torch.nn.functional.linear(normed, weight, bias)
 
-    monkeypatch.setattr(lean, "linear", watched)
+    monkeypatch.setattr("offramp.llm.layer.linear", watched)
     head.advance(hidden[:, 4:], state, positions[:, 4:], None)
     first, last = head.layers
     every, newest = 2 * 5, 2

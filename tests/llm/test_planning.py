@@ -11,10 +11,11 @@ import pytest
 import torch
 from offramp import EarlyExitModel, HeadConfig, InputError
 from offramp.llm.heads import ExitHead, ExitHeads, make_head
-from offramp.llm.lean import LeanLayer
+from offramp.llm.layer import LeanLayer
 from offramp.llm.planning import Costs, make_plan, measure_heads
 from offramp.llm.scoring import Scores
 from offramp.llm.sequences import TokenSequence
+from offramp.llm.stepping import Steps
 from offramp.llm.trunk import Trunk
 from tiny import VOCAB, make_model
 
@@ -203,7 +204,7 @@ class Clock:
 
         def run(*arguments, **keywords):
             found = function(*arguments, **keywords)
-            self.now += seconds(found)
+            self.now += seconds(found, *arguments)
             return found
 
         return run
@@ -213,12 +214,14 @@ def test_predicted_and_measured_time_agree(ee, monkeypatch):
     """On a machine without noise the prediction is within 15% of what generate then takes, in every mode."""
     clock = Clock()
     monkeypatch.setattr(time, "perf_counter", lambda: clock.now)
-    for way in ("run", "step"):
-        own = getattr(LeanLayer, way)
-        monkeypatch.setattr(LeanLayer, way, clock.after(own, lambda out: 1 + 0.1 * (len(out) - 1)))
+    monkeypatch.setattr(
+        LeanLayer, "run", clock.after(LeanLayer.run, lambda out, *_: 1 + 0.1 * (len(out) - 1))
+    )
+    step = clock.after(Steps.run, lambda out, *given: len(given[3]) * (1 + 0.1 * (out.shape[1] - 1)))
+    monkeypatch.setattr(Steps, "run", step)
     monkeypatch.setattr(ExitHead, "logits", clock.after(ExitHead.logits, lambda *_: 0.2))
     monkeypatch.setattr(
-        Trunk, "logits", clock.after(Trunk.logits, lambda out: 1 + 0.1 * (out[..., 0].numel() - 1))
+        Trunk, "logits", clock.after(Trunk.logits, lambda out, *_: 1 + 0.1 * (out[..., 0].numel() - 1))
     )
     monkeypatch.setattr(Trunk, "embed", clock.after(Trunk.embed, lambda *_: 0.05))
     # Of a run of layers as of a layer: what masks and angles cost.
@@ -259,7 +262,7 @@ def slow(function, seconds):
 
     def run(*arguments, **keywords):
         found = function(*arguments, **keywords)
-        time.sleep(seconds(found))
+        time.sleep(seconds(found, *arguments))
         return found
 
     return run
@@ -267,11 +270,13 @@ def slow(function, seconds):
 
 def test_predicted_and_measured_time_agree_on_this_machine(ee, monkeypatch):
     """By the real clock, with all that a step does besides; parts that sleep are what weighs, not who else computes."""
-    for way in ("run", "step"):
-        own = getattr(LeanLayer, way)
-        monkeypatch.setattr(LeanLayer, way, slow(own, lambda out: 0.004 + 0.0004 * (len(out) - 1)))
+    monkeypatch.setattr(
+        LeanLayer, "run", slow(LeanLayer.run, lambda out, *_: 0.004 + 0.0004 * (len(out) - 1))
+    )
+    step = slow(Steps.run, lambda out, *given: len(given[3]) * (0.004 + 0.0004 * (out.shape[1] - 1)))
+    monkeypatch.setattr(Steps, "run", step)
     monkeypatch.setattr(ExitHead, "logits", slow(ExitHead.logits, lambda *_: 0.001))
-    monkeypatch.setattr(Trunk, "logits", slow(Trunk.logits, lambda out: 0.004 * out[..., 0].numel()))
+    monkeypatch.setattr(Trunk, "logits", slow(Trunk.logits, lambda out, *_: 0.004 * out[..., 0].numel()))
     monkeypatch.setattr("offramp.llm.planning._REPEATS", 5)
     monkeypatch.setattr(ee.model.generation_config, "eos_token_id", None)
     generator = torch.Generator().manual_seed(4)

@@ -39,7 +39,7 @@ def test_every_position_is_scored_as_if_it_stood_alone(trained, model, ragged):
             assert scores.groups[place] == group
             assert scores.emitted[place] == int(item.tokens[position])
             for index, layer in enumerate(trained.layers):
-                head = trained.heads.after(layer)
+                head = trained.heads_in_use.after(layer)
                 probabilities = head(output.hidden_states[layer][0, -1]).double().softmax(dim=-1)
                 top = probabilities.topk(2)
                 assert scores.scores[index, place] == pytest.approx(

@@ -339,7 +339,7 @@ def test_the_engine_takes_every_decision_here(trained, thresholds, prompts, monk
     """As many kernel calls as answers of heads, each on those logits; torch is not asked for a choice among them."""
     answers, calls = [], []
     core, answer = staging._core, Reader.answer
-    width = trained.heads.after(1).logits(torch.zeros(1, 32)).shape[-1]
+    width = trained.heads_in_use.after(1).logits(torch.zeros(1, 32)).shape[-1]
 
     class Counting:
         @staticmethod
@@ -352,7 +352,7 @@ def test_the_engine_takes_every_decision_here(trained, thresholds, prompts, monk
         answers.append((logits.numpy().copy(), thresholds[trained.layers.index(layer_of[id(reader.head)])]))
         return logits
 
-    layer_of = {id(trained.heads.after(layer)): layer for layer in trained.layers}
+    layer_of = {id(trained.heads_in_use.after(layer)): layer for layer in trained.layers}
     monkeypatch.setattr(staging, "_core", Counting)
     monkeypatch.setattr(Reader, "answer", noting)
     ids, mask = prompts

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from offramp import EarlyExitModel, InputError, ModelError
-from offramp.llm import few, lean
+from offramp.llm import few
 from offramp.llm.cache import GrowingCache
+from offramp.llm.layer import LeanLayer
 from offramp.llm.trunk import Trunk, positions_from_mask
 from tiny import make_model, steps_by_the_core
 from transformers import (
@@ -123,8 +124,8 @@ def test_the_lean_path_and_the_modules_compute_the_same():
 
 @pytest.mark.parametrize("part", ["_attend", "_feed", "_add"])
 def test_a_lean_path_that_deviates_is_given_up(monkeypatch, part):
-    right = getattr(lean.LeanLayer, part)
-    monkeypatch.setattr(lean.LeanLayer, part, lambda *arguments: 1.01 * right(*arguments))
+    right = getattr(LeanLayer, part)
+    monkeypatch.setattr(LeanLayer, part, lambda *arguments: 1.01 * right(*arguments))
     trunk = Trunk(make_model())
     assert trunk.is_lean
     trunk.prove((2, 4))

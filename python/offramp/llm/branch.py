@@ -15,8 +15,10 @@ from torch import nn
 
 from offramp.errors import InputError
 from offramp.llm.cache import GrowingCache
-from offramp.llm.lean import LeanLayer
+from offramp.llm.few import Linear
+from offramp.llm.layer import LeanLayer, RMSNorm
 from offramp.llm.states import Picked
+from offramp.llm.stepping import Steps
 from offramp.llm.trunk import Trunk, is_composite
 
 
@@ -31,10 +33,14 @@ class BranchState:
         Number, in the model, of the first layer they stand for.
     layers
         Their lean form, where they have one.
+    steps
+        These prepared for few rows, with what is before and after them.
     """
 
-    def __init__(self, cache: GrowingCache, first: int, layers: list[LeanLayer] | None) -> None:
-        self.cache, self.first, self.lean = cache, first, layers
+    def __init__(
+        self, cache: GrowingCache, first: int, layers: list[LeanLayer] | None, steps: Steps | None
+    ) -> None:
+        self.cache, self.first, self.lean, self.steps = cache, first, layers, steps
 
     @property
     def length(self) -> int:
@@ -85,9 +91,29 @@ class Branch:
         layers = nn.ModuleList(copy.deepcopy(layer) for layer in own)
         return layers.float().requires_grad_(True)
 
-    def new_state(self, layers: nn.ModuleList) -> BranchState:
-        """Begin a generation with a head's layers as they are now."""
-        return BranchState(self._trunk.new_cache(), self.first, self._trunk.lean_form(list(layers)))
+    def new_state(self, layers: nn.ModuleList, before: Linear, after: RMSNorm | None) -> BranchState:
+        """Begin a generation with a head's layers as they are now, and what is `before` and `after` them in `step`."""
+        form = self._trunk.lean_form(list(layers))
+        steps = None if form is None or after is None else Steps(form, before=before, after=after)
+        return BranchState(self._trunk.new_cache(), self.first, form, steps)
+
+    def step(
+        self, hidden: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None, state: BranchState
+    ) -> torch.Tensor | None:
+        """Do what `advance` does with what is before and after the layers, in one call; ``None`` for many rows."""
+        if state.steps is None:
+            return None
+        rows = hidden.shape[1]
+        found = self._trunk.step_lean(
+            state.steps,
+            hidden,
+            self.first,
+            cache=state.cache,
+            positions=positions,
+            attention_mask=mask,
+            picked=None if rows == 1 else torch.tensor([rows - 1]),
+        )
+        return None if found is None else found.view(1, -1)
 
     def read(self, layers: nn.ModuleList, hidden: torch.Tensor, picked: Picked) -> torch.Tensor:
         """Run a head's layers over whole sequences (B, T, H), padded on the right or not at all, for training too.

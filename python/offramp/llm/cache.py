@@ -18,7 +18,7 @@ _LEAST_ROOM = 64
 class GrowingLayer(DynamicLayer):
     """One layer's keys and values in buffers that grow by half when full, so that a step copies only its own rows.
 
-    ``keys`` and ``values`` are views of shape (batch, heads, tokens, head size) on the filled part.  The buffers behind
+    `keys` and `values` are views of shape (batch, heads, tokens, head size) on the filled part.  The buffers behind
     them hold one token after the other, so that what is appended is written in one piece.
     """
 
@@ -41,7 +41,8 @@ class GrowingLayer(DynamicLayer):
         key_buffer, value_buffer = self._reserve(keys, values, end)
         key_buffer[:, self._length : end] = keys
         value_buffer[:, self._length : end] = values
-        return self._show(end)
+        self._length = end
+        return _view(key_buffer, end), _view(value_buffer, end)
 
     def reserve(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Give the buffers (batch, capacity, heads, head size), with room for so many more rows.
@@ -53,7 +54,25 @@ class GrowingLayer(DynamicLayer):
 
     def extend(self, count: int) -> None:
         """Append rows that are written in the buffers already."""
-        self._show(self._length + count)
+        self._length += count
+
+    @property
+    def keys(self) -> torch.Tensor | None:
+        """Keys of all rows; made when they are asked for, since not every step asks."""
+        return None if self._buffers is None else _view(self._buffers[0], self._length)
+
+    @keys.setter
+    def keys(self, _: torch.Tensor | None) -> None:
+        """Pass over the nothing that transformers sets where it begins anew: what there is, is in the buffers."""
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        """Values of all rows."""
+        return None if self._buffers is None else _view(self._buffers[1], self._length)
+
+    @values.setter
+    def values(self, _: torch.Tensor | None) -> None:
+        pass
 
     def get_seq_length(self) -> int:
         """Tokens this layer has seen."""
@@ -65,8 +84,8 @@ class GrowingLayer(DynamicLayer):
             raise ValueError(
                 f"tokens_to_remove is {tokens_to_remove}: give a negative count of tokens to remove"
             )
-        if tokens_to_remove and self._buffers is not None:
-            self._show(max(0, self._length + tokens_to_remove))
+        if self._buffers is not None:
+            self._length = max(0, self._length + tokens_to_remove)
 
     def reset(self) -> None:
         """Forget everything, buffers included."""
@@ -90,7 +109,6 @@ class GrowingLayer(DynamicLayer):
         if self._buffers is not None:
             keys, values = self._buffers
             self._buffers = change(keys), change(values)
-            self._show(self._length)
 
     def _reserve(
         self, keys: torch.Tensor, values: torch.Tensor, needed: int
@@ -104,12 +122,10 @@ class GrowingLayer(DynamicLayer):
             self._buffers = (grown[0], grown[1])
         return self._buffers
 
-    def _show(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        assert self._buffers is not None
-        # Sliced by `narrow`, which takes half the time of an index.
-        keys, values = (buffer.narrow(1, 0, length).transpose(1, 2) for buffer in self._buffers)
-        self._length, self.keys, self.values = length, keys, values
-        return keys, values
+
+def _view(buffer: torch.Tensor, length: int) -> torch.Tensor:
+    # Sliced by `narrow`, which takes half the time of an index.
+    return buffer.narrow(1, 0, length).transpose(1, 2)
 
 
 class GrowingCache(Cache):

@@ -7,21 +7,46 @@ and what comes out, as long as it is finite, does not depend on the rows beside 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from offramp import _core
 from offramp.arrays import float_names
 
-Linear = tuple[torch.Tensor, torch.Tensor | None]
+
+class Narrow(NamedTuple):
+    """A weight as whole numbers (O, I) int8 times scales (O,) float32, on the CPU."""
+
+    values: torch.Tensor
+    scales: torch.Tensor
+
+
+class Linear(NamedTuple):
+    """A linear map: weight (O, I), bias (O,), and the weight once more as whole numbers, a quarter or half to read."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+    narrow: Narrow | None = None
+
+    @classmethod
+    def of(cls, module: nn.Linear) -> Linear:
+        """Take a module's, with the whole numbers that `rounding` left there."""
+        narrow: Narrow | None = vars(module).get("narrow")
+        return cls(module.weight, module.bias, narrow)
+
+
 Norm = tuple[torch.Tensor, float]
 """Weight (I,) and ε, by which rows are scaled to unit root mean square."""
+LinearAt = tuple[int, int, int, int]
+"""Addresses of weight, scales and bias, 0 where there are none, and the number of outputs."""
 
 IS_FAST = _core.steps_fast()
 """Whether the processor has the instructions, and torch the threads, for it."""
 
-_NAMES = float_names(torch)
+NAMES = float_names(torch)
 # Measured on Zen 5, two threads: of more rows torch's product takes as long, and in float32 of 17 half as long again.
 _MOST = {torch.float32: 16, torch.float16: 8, torch.bfloat16: 8}
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -50,54 +75,23 @@ def are_plain(dtype: torch.dtype, tensors: Iterable[torch.Tensor]) -> bool:
     )
 
 
-def multiply(
-    rows: torch.Tensor,
-    linears: Sequence[Linear],
-    *,
-    norm: Norm | None = None,
-    residual: torch.Tensor | None = None,
-    factor: float = 1.0,
-    gated: bool = False,
-) -> torch.Tensor:
-    """Multiply rows (..., I) with weights (O, I): (..., O), one weight's products after another's.
+def multiply(rows: torch.Tensor, linear: Linear) -> torch.Tensor:
+    """Multiply rows (..., I) with a weight (O, I): (..., O), with its whole numbers where it has them.
 
     Everything has to be plain.
-
-    Parameters
-    ----------
-    norm
-        Of the rows, before.
-    residual : (..., O), optional
-        What the products times ``factor`` are added to.
-    gated
-        The products of two weights are ``silu`` of the first's times the second's.
     """
-    width = rows.shape[-1]
-    heights = [len(weight) for weight, _ in linears]
-    out = rows.new_empty((*rows.shape[:-1], heights[0] if gated else sum(heights)))
-    given = [
-        (weight.data_ptr(), 0 if bias is None else bias.data_ptr(), height)
-        for (weight, bias), height in zip(linears, heights, strict=True)
-    ]
-    fits = all(
-        weight.shape[1] == width and (bias is None or len(bias) == len(weight)) for weight, bias in linears
-    )
-    fits = fits and (not gated or heights[0] == heights[-1])
-    fits = fits and (norm is None or len(norm[0]) == width)
-    if not fits or (residual is not None and residual.shape != out.shape):
-        raise ValueError("rows, weights and what is done before and after do not fit together")
+    width, height = rows.shape[-1], len(linear.weight)
+    if linear.weight.shape[1] != width or (linear.bias is not None and len(linear.bias) != height):
+        raise ValueError("rows, weight and bias do not fit together")
+    out = rows.new_empty((*rows.shape[:-1], height))
     _core.multiply_rows(
-        _NAMES[rows.dtype],
-        given,
+        NAMES[rows.dtype],
+        address(linear, narrow=linear.narrow is not None),
         rows.data_ptr(),
         out.data_ptr(),
         rows.numel() // width,
         width,
         torch.get_num_threads(),
-        None if norm is None else _given(norm),
-        0 if residual is None else residual.data_ptr(),
-        factor,
-        gated,
     )
     return out
 
@@ -108,67 +102,16 @@ def apply_norm(rows: torch.Tensor, norm: Norm) -> torch.Tensor:
     if len(norm[0]) != width:
         raise ValueError("rows and the weight of their norm do not fit together")
     count = rows.numel() // width
-    _core.norm_rows(_NAMES[rows.dtype], rows.data_ptr(), out.data_ptr(), count, width, _given(norm))
-    return out
-
-
-def attend(
-    projected: torch.Tensor,
-    heads: tuple[int, int, int],
-    rotary: tuple[torch.Tensor, torch.Tensor] | None,
-    partner: torch.Tensor,
-    cache: tuple[torch.Tensor, torch.Tensor],
-    seen: int,
-    scaling: float,
-    window: int | None,
-    norms: tuple[Norm, Norm] | None = None,
-) -> torch.Tensor:
-    """Let new positions attend to those before and to themselves, (R, query heads * size).
-
-    Everything has to be plain.
-
-    Parameters
-    ----------
-    projected : (R, (query heads + 2 key heads) * size)
-        Queries, keys and values.
-    heads
-        Query heads, key heads and the size of one.
-    rotary
-        Cosines and signed sines, each (1, R, 1, size); ``partner`` (size,) int64 is the dimension each is turned with.
-    cache
-        Keys and values (1, at least seen + R, key heads, size); those of the new positions are written behind those
-        of ``seen`` ones.
-    norms
-        Of each query head and of each key head, before they are turned.
-    """
-    count, (wide, narrow, size) = len(projected), heads
-    out = projected.new_empty((count, wide * size))
-    turned = (0, 0, 0)
-    fits = projected.shape[1] == (wide + 2 * narrow) * size
-    for buffer in cache:
-        fits = fits and buffer.shape[0] == 1 and buffer.shape[1] >= seen + count
-        fits = fits and buffer.shape[2:] == (narrow, size)
-    if rotary is not None:
-        fits = fits and rotary[0].numel() == rotary[1].numel() == count * size and len(partner) == size
-        turned = rotary[0].data_ptr(), rotary[1].data_ptr(), partner.data_ptr()
-    if not fits:
-        raise ValueError("new positions, their angles and the cache do not fit together")
-    _core.attend_rows(
-        _NAMES[projected.dtype],
-        projected.data_ptr(),
-        turned,
-        (cache[0].data_ptr(), cache[1].data_ptr()),
-        out.data_ptr(),
-        count,
-        seen,
-        heads,
-        scaling,
-        window or 0,
-        torch.get_num_threads(),
-        None if norms is None else (_given(norms[0]), _given(norms[1])),
+    _core.norm_rows(
+        NAMES[rows.dtype], rows.data_ptr(), out.data_ptr(), count, width, (norm[0].data_ptr(), norm[1])
     )
     return out
 
 
-def _given(norm: Norm) -> tuple[int, float]:
-    return norm[0].data_ptr(), norm[1]
+def address(linear: Linear, *, narrow: bool) -> LinearAt:
+    """Where the core finds a linear map: its weight, or the whole numbers instead."""
+    weight, bias, numbers = linear
+    behind = 0 if bias is None else bias.data_ptr()
+    if narrow and numbers is not None:
+        return numbers.values.data_ptr(), numbers.scales.data_ptr(), behind, len(weight)
+    return weight.data_ptr(), 0, behind, len(weight)

@@ -18,8 +18,10 @@ from torch.nn import functional
 
 from offramp.errors import InputError
 from offramp.llm.branch import Branch, BranchState
-from offramp.llm.lean import normed
+from offramp.llm.few import Linear, Narrow
+from offramp.llm.lean import is_plain, normed, plain_norm
 from offramp.llm.products import linear
+from offramp.llm.rounding import round_linear, rounded
 from offramp.llm.states import Picked
 from offramp.llm.trunk import Trunk, plain_values
 
@@ -52,6 +54,11 @@ class HeadConfig:
         For ``"mlp"``: width of the residual block; default the model's hidden size.
     depth : int
         For ``"adapter"``: number of decoder layers.
+    bits : {8, None}
+        What weights are rounded to where the head is used: output rows, and linear maps of ``"mlp"`` and
+        ``"adapter"``, to whole numbers of eight bits times a scale for each output.  Decoding reads all weights of a
+        head for each token it is asked about, and that is what it costs; thresholds are calibrated with the rounded
+        ones.  Training, and what is stored, is not rounded.  ``None``: not at all.
     options : dict
         For registered kinds: whatever they read, as plain values.
     """
@@ -61,6 +68,7 @@ class HeadConfig:
     init: Literal["copy", "scratch"] = "copy"
     width: int | None = None
     depth: int = 1
+    bits: Literal[8] | None = 8
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -77,13 +85,15 @@ class HeadConfig:
                 raise InputError(f"{name} is {value!r}: give a whole number of at least {least}, or None")
         if not isinstance(self.depth, int) or isinstance(self.depth, bool) or self.depth < 1:
             raise InputError(f"depth is {self.depth!r}: give a whole number of at least 1")
+        if self.bits not in (8, None):
+            raise InputError(f"bits is {self.bits!r}: give 8, or None for weights as they were trained")
 
     @classmethod
     def of(cls, head: str | HeadConfig) -> HeadConfig:
         """Read a head given by the name of its kind: ``"linear"`` is the paper's, over the whole vocabulary."""
         if isinstance(head, HeadConfig):
             return head
-        return cls(kind=head, shortlist=None if head == "linear" else 8192)
+        return cls(kind=head, shortlist=None, bits=None) if head == "linear" else cls(kind=head)
 
     @classmethod
     def for_layers(
@@ -148,6 +158,7 @@ class ExitHead(nn.Module):
     shortlist: torch.Tensor | None
     fits: int | None = None
     borrowed: tuple[str, ...] = ()
+    _narrow: Narrow | None = None
 
     def __init__(
         self,
@@ -193,7 +204,7 @@ class ExitHead(nn.Module):
 
     def logits(self, features: torch.Tensor) -> torch.Tensor:
         """Logits (..., S) of features (..., H)."""
-        return linear(features, self.weight, self.bias)
+        return linear(features, self.weight, self.bias, self._narrow)
 
     if TYPE_CHECKING:
 
@@ -206,6 +217,13 @@ class ExitHead(nn.Module):
 
     def fit(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
         """Set the first map to predict ``targets`` (n, H), the states after layer `fits`, from ``inputs`` (n, H)."""
+
+    def linears(self) -> list[nn.Linear]:
+        """Linear maps that are rounded where the head is used; beside them its output rows are (`HeadConfig.bits`).
+
+        Multiply with them by `offramp.llm.products.linear` and ``*Linear.of(map)``.
+        """
+        return []
 
     def peak_rate(self, skipped: float) -> float:
         """Peak learning rate that suits the head, after which a share ``skipped`` of the model's layers comes."""
@@ -240,9 +258,12 @@ class ExitHead(nn.Module):
     def cost(self) -> dict[str, int]:
         """Parameters read, bytes read, and multiply-adds of one token, keys and values left out."""
         read = [*self.parameters(), *(b for name, b in self.named_buffers() if name != "shortlist")]
+        maps = [Linear(self.weight, None, self._narrow), *map(Linear.of, self.linears())]
+        instead = [(item.weight, item.narrow) for item in maps if item.narrow is not None]
+        size = sum(tensor.nbytes for tensor in read)
         return {
             "parameters": sum(tensor.numel() for tensor in read),
-            "bytes": sum(tensor.numel() * tensor.element_size() for tensor in read),
+            "bytes": size - sum(wide.nbytes - sum(part.nbytes for part in few) for wide, few in instead),
             "multiply_adds": sum(tensor.numel() for tensor in read if tensor.ndim == 2),
         }
 
@@ -379,6 +400,10 @@ class MLPHead(_ReadAsTheModel):
         """Return the norm of the transform of (..., H)."""
         return self.finish(self.transform(hidden))
 
+    def linears(self) -> list[nn.Linear]:
+        """Give those of the transform."""
+        return [self.transform.linear, self.transform.up, self.transform.down]
+
     def fit(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
         """Fit the linear map by ridge regression."""
         fit_linear(self.transform.linear, inputs, targets)
@@ -415,7 +440,8 @@ class AdapterHead(_ReadAsTheModel):
 
     def new_state(self) -> BranchState:
         """Give an empty cache."""
-        return self.branch.new_state(self.layers)
+        after = plain_norm(self.norm) if self._is_lean else None
+        return self.branch.new_state(self.layers, Linear.of(self.linear), after)
 
     def advance(
         self,
@@ -425,9 +451,11 @@ class AdapterHead(_ReadAsTheModel):
         mask: torch.Tensor | None,
     ) -> torch.Tensor:
         """Run over the new rows, adding their keys and values to the state."""
-        mapped = linear(hidden, self.linear.weight, self.linear.bias)
-        newest = self.branch.advance(self.layers, mapped, positions, mask, cast(BranchState, state))
-        return self.finish(newest)
+        own = cast(BranchState, state)
+        if (found := self.branch.step(hidden, positions, mask, own)) is not None:
+            return found
+        mapped = linear(hidden, *Linear.of(self.linear))
+        return self.finish(self.branch.advance(self.layers, mapped, positions, mask, own))
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits (B, T, S) at every token of whole sequences (B, T, H)."""
@@ -436,6 +464,11 @@ class AdapterHead(_ReadAsTheModel):
         )
         flat: torch.Tensor = self.logits(self.read(hidden, cast(Picked, every)))
         return flat.view(*hidden.shape[:2], -1)
+
+    def linears(self) -> list[nn.Linear]:
+        """Give the first one, and those of the layers."""
+        within = (module for module in self.layers.modules() if isinstance(module, nn.Linear))
+        return [self.linear, *filter(is_plain, within)]
 
     def fit(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
         """Fit the linear map by ridge regression."""
@@ -465,6 +498,22 @@ class ExitHeads(nn.ModuleDict):
             for name, tensor in self.after(layer).own_state().items()
         }
 
+    def serving(self, dtype: torch.dtype) -> ExitHeads:
+        """Give heads to use on hidden states of a dtype: a copy, its weights rounded as their configs say."""
+        served = copy.deepcopy(self)
+        narrow: dict[int, Narrow | None] = {}
+        for head in map(served.after, served.layers):
+            if head.config.bits is None:
+                continue
+            for item in head.linears():
+                round_linear(item)
+            # Heads of one shortlist share their rows.
+            rows = id(head.weight)
+            if rows not in narrow:
+                head.weight.data, narrow[rows] = rounded(head.weight)
+            head._narrow = narrow[rows]
+        return served.to(dtype)
+
 
 class RidgeMLP(nn.Module):
     """``A h + c + W2 silu(W1 n(h))``: a linear map and a residual block that starts at zero.
@@ -484,8 +533,8 @@ class RidgeMLP(nn.Module):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Map (..., H) to (..., H)."""
         unit = functional.rms_norm(hidden, hidden.shape[-1:], eps=1e-6)
-        block = linear(functional.silu(linear(unit, self.up.weight, None)), self.down.weight, None)
-        return linear(hidden, self.linear.weight, self.linear.bias) + block
+        block = linear(functional.silu(linear(unit, *Linear.of(self.up))), *Linear.of(self.down))
+        return linear(hidden, *Linear.of(self.linear)) + block
 
 
 @torch.no_grad()

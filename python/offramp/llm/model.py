@@ -5,7 +5,6 @@ The face of `offramp.llm`; everything it does is done by the modules below it.
 
 from __future__ import annotations
 
-import copy
 import math
 import os
 import tempfile
@@ -72,7 +71,7 @@ class EarlyExitModel:
     head_configs : dict of int to HeadConfig
         The kind of head after each of them.
     heads : torch.ExitHeads or None
-        The heads by layer, in float32; ``None`` until they are trained.
+        The heads by layer, in float32 and as they were trained; ``None`` until they are.
     calibration : Calibration or None
         The latest calibration.
     last_stats : GenerationStats or None
@@ -136,7 +135,7 @@ class EarlyExitModel:
 
     @property
     def heads_in_use(self) -> ExitHeads:
-        """The heads in the model's dtype, as `generate` and `score` use them; refused where none are trained."""
+        """Copies of the heads in the model's dtype and rounded (`HeadConfig`), as `generate` and `score` use them."""
         return self._trained_heads()
 
     def train_heads(
@@ -816,15 +815,13 @@ class EarlyExitModel:
         return self.monitor
 
     def _trained_heads(self) -> ExitHeads:
-        """Heads in the model's dtype."""
+        """Heads in the model's dtype, rounded as their configs say."""
         if self.heads is None:
             raise InputError(
                 "heads: these exits are not trained; call train_heads first, or load with from_pretrained"
             )
-        if self._trunk.dtype == torch.float32:
-            return self.heads
         if self._serving is None or self._serving[0] is not self.heads:
-            self._serving = (self.heads, copy.deepcopy(self.heads).to(self._trunk.dtype))
+            self._serving = (self.heads, self.heads.serving(self._trunk.dtype))
         return self._serving[1]
 
     def _warn_about_dtype(self, calibration: Calibration) -> None:

@@ -76,7 +76,9 @@ class SavedExits:
     @property
     def head_configs(self) -> dict[int, HeadConfig]:
         """The kind of head after each layer."""
-        return {layer: HeadConfig(**self.config["heads"][str(layer)]) for layer in self.layers}
+        heads = self.config["heads"]
+        # Heads that were written before there was a choice were calibrated as they were trained.
+        return {layer: HeadConfig(**{"bits": None, **heads[str(layer)]}) for layer in self.layers}
 
     @property
     def unregistered(self) -> str | None:

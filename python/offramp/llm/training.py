@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from types import CodeType
@@ -358,7 +358,10 @@ class Trainer:
             {
                 "format": _FORMAT,
                 "config": asdict(config),
-                "heads": {layer: heads.after(layer).config.to_dict() for layer in self.layers},
+                # Nothing is rounded in training.
+                "heads": {
+                    layer: replace(heads.after(layer).config, bits=None).to_dict() for layer in self.layers
+                },
                 "code": {layer: _code_of(type(heads.after(layer))) for layer in self.layers},
                 "state": {name: tuple(tensor.shape) for name, tensor in heads.own_state().items()},
                 "peaks": list(self.peaks.values()),

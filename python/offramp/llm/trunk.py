@@ -19,8 +19,10 @@ from transformers.cache_utils import DynamicCache
 from offramp.errors import InputError, ModelError
 from offramp.llm import lean
 from offramp.llm.cache import GrowingCache, cache_argument
+from offramp.llm.layer import LeanLayer
 from offramp.llm.products import linear
 from offramp.llm.shadow import Call, Shadow
+from offramp.llm.stepping import Steps
 
 _FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
 _KINDS_OF_ATTENTION = ("full_attention", "sliding_attention")
@@ -112,6 +114,9 @@ class Trunk:
 
     def new_cache(self) -> GrowingCache:
         """Give an empty cache for this model."""
+        # It begins a sequence, in the midst of which weights do not change.
+        if self._lean is not None:
+            self._lean.begin()
         return GrowingCache(self.num_layers)
 
     def embed(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -150,10 +155,7 @@ class Trunk:
             (B, q, H): the output of layer ``last - 1``.
         """
         if self._lean is not None and self._lean.pays(hidden, cache.length(first)):
-            own = self._lean.layers[first:last]
-            return self.run_lean(
-                own, hidden, first, cache=cache, positions=positions, attention_mask=attention_mask
-            )
+            return self._lean.run_own(hidden, first, last, cache, positions, attention_mask)
         return self._run_modules(hidden, first, last, cache, positions, attention_mask)
 
     def _run_modules(
@@ -180,13 +182,13 @@ class Trunk:
         """Find what the decoder would call each layer with for new rows (B, q, H) after ``seen`` tokens."""
         return self._shadow.calls(hidden, positions, attention_mask, seen)
 
-    def lean_form(self, layers: Sequence[nn.Module]) -> list[lean.LeanLayer] | None:
+    def lean_form(self, layers: Sequence[nn.Module]) -> list[LeanLayer] | None:
         """Describe layers in the place of the model's last ones for `run_lean`; ``None`` where its own are not lean."""
         return None if self._lean is None else self._lean.form(layers)
 
     def run_lean(
         self,
-        layers: Sequence[lean.LeanLayer],
+        layers: Sequence[LeanLayer],
         hidden: torch.Tensor,
         first: int,
         *,
@@ -201,6 +203,22 @@ class Trunk:
         """
         assert self._lean is not None
         return self._lean.run(layers, hidden, first, cache, positions, attention_mask, picked)
+
+    def step_lean(
+        self,
+        steps: Steps,
+        hidden: torch.Tensor,
+        first: int,
+        *,
+        cache: GrowingCache,
+        positions: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        picked: torch.Tensor | None,
+    ) -> torch.Tensor | None:
+        """Do what `run_lean` does in one call, over the few rows of a step; ``None`` for other rows."""
+        assert self._lean is not None
+        last = len(cache.growing)
+        return self._lean.step(steps, hidden, 0, first, last, cache, positions, attention_mask, picked)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Full-model logits (..., V) of the last layer's output (..., H)."""

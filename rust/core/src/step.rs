@@ -8,10 +8,12 @@
 mod arch;
 mod attention;
 mod lanes;
+mod layer;
 mod product;
 
 pub use attention::{Attention, Before, Heads, Rotary};
-pub use lanes::Number;
+pub use lanes::{Number, Weight};
+pub use layer::{Layer, Machine, Seen, Team};
 pub use product::{Finish, Linear, Norm, Product, Rows, norm_rows};
 
 use std::sync::{Mutex, PoisonError};

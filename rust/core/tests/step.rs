@@ -3,7 +3,8 @@
 use half::{bf16, f16};
 use offramp_core::InstructionSet;
 use offramp_core::step::{
-    Attention, Before, Finish, Heads, Linear, Norm, Number, Product, Rotary, Rows,
+    Attention, Before, Finish, Heads, Layer, Linear, Machine, Norm, Number, Product, Rotary, Rows,
+    Seen, Team, Weight,
 };
 use proptest::prelude::*;
 use std::thread;
@@ -45,10 +46,16 @@ const BF16: Type<bf16> = Type {
     least: 1e-40,
 };
 
-fn product<T: Number>(isa: InstructionSet, case: &Given<T>, rows: &[T], team: usize) -> Vec<T> {
+fn product<T: Number, W: Weight>(
+    isa: InstructionSet,
+    case: &Given<T, W>,
+    rows: &[T],
+    team: usize,
+) -> Vec<T> {
     let mut out = vec![(case.kind.narrow)(7.0); rows.len() / case.width * case.height()];
     let linear = Linear {
         weight: &case.weight,
+        scales: case.scales.as_deref(),
         bias: case.bias.as_deref(),
     };
     let product = Product::new(
@@ -77,11 +84,13 @@ fn together(team: usize, work: impl Fn() + Sync) {
     });
 }
 
-/// A case in its type.
-struct Given<T: 'static> {
+/// A case in its type, with a weight of the same or of whole numbers.
+struct Given<T: 'static, W = T> {
     kind: &'static Type<T>,
     width: usize,
-    weight: Vec<T>,
+    weight: Vec<W>,
+    wide: fn(W) -> f64,
+    scales: Option<Vec<f32>>,
     bias: Option<Vec<T>>,
     rows: Vec<T>,
 }
@@ -93,11 +102,32 @@ impl<T: Number> Given<T> {
             kind,
             width: case.width,
             weight: narrow(&case.weight),
+            wide: kind.widen,
+            scales: None,
             bias: case.bias.as_ref().map(narrow),
             rows: narrow(&case.rows),
         }
     }
+}
 
+impl<T: Number> Given<T, i8> {
+    /// Numbers between -2 and 2 as whole ones of all sizes, and scales that differ from row to row.
+    fn scaled(case: &Case, kind: &'static Type<T>) -> Self {
+        let Given { bias, rows, .. } = Given::of(case, kind);
+        let height = case.weight.len() / case.width;
+        Self {
+            kind,
+            width: case.width,
+            weight: case.weight.iter().map(|x| (x * 64.0) as i8).collect(),
+            wide: f64::from,
+            scales: Some((0..height).map(|row| 0.01 + row as f32 / 1e4).collect()),
+            bias,
+            rows,
+        }
+    }
+}
+
+impl<T: Number, W: Weight> Given<T, W> {
     fn height(&self) -> usize {
         self.weight.len() / self.width
     }
@@ -133,11 +163,13 @@ impl<T: Number> Given<T> {
         let mut found = found.iter().map(exact);
         for row in self.rows.chunks(self.width) {
             for (output, weight) in self.weight.chunks(self.width).enumerate() {
-                let products = weight.iter().zip(row).map(|(w, x)| exact(w) * exact(x));
+                let scale = self.scales.as_ref().map_or(1.0, |all| all[output]);
+                let weight = weight.iter().map(|&w| (self.wide)(w) * f64::from(scale));
+                let products = weight.zip(row).map(|(w, x)| w * exact(x));
                 let bias = self.bias.as_ref().map_or(0.0, |bias| exact(&bias[output]));
                 let size = products.clone().map(f64::abs).sum::<f64>() + bias.abs();
                 let sum = products.sum::<f64>() + bias;
-                let steps = self.width.div_ceil(32) as f64 + 7.0;
+                let steps = self.width.div_ceil(32) as f64 + 8.0;
                 let error = size * steps * f64::from(f32::EPSILON) / 2.0;
                 let allowed = error + (sum.abs() + error) * self.kind.rounding + self.kind.least;
                 let ours = found.next().expect("an output for each");
@@ -152,6 +184,9 @@ fn check(case: &Case) {
     Given::of(case, &F32).check();
     Given::of(case, &F16).check();
     Given::of(case, &BF16).check();
+    Given::scaled(case, &F32).check();
+    Given::scaled(case, &F16).check();
+    Given::scaled(case, &BF16).check();
 }
 
 fn cases() -> impl Strategy<Value = Case> {
@@ -214,6 +249,7 @@ fn what_is_no_number_stays_in_its_row_and_output() {
         let mut out = [0.0; 6];
         let linear = Linear {
             weight: &weight,
+            scales: None,
             bias: None,
         };
         Product::new(
@@ -284,10 +320,12 @@ fn check_whole_block<T: Number>(kind: &Type<T>, width: usize, heights: [usize; 2
     let linears = [
         Linear {
             weight: &weights[0],
+            scales: None,
             bias: None,
         },
         Linear {
             weight: &weights[1],
+            scales: None,
             bias: Some(&bias),
         },
     ];
@@ -580,5 +618,145 @@ fn attention_mixes_what_each_query_sees() {
             check_attention(&F16, heads, seen, count, turned);
             check_attention(&BF16, heads, seen, count, turned);
         }
+    }
+}
+
+struct Threads(usize);
+
+impl Team for Threads {
+    fn size(&self) -> usize {
+        self.0
+    }
+
+    fn run(&self, _parts: usize, work: &(dyn Fn() + Sync)) {
+        together(self.0, work);
+    }
+}
+
+/// A layer is its parts one after another: what they are is checked above, and by the layers of torch from Python.
+fn check_layer<T: Number, W: Weight>(
+    kind: &Type<T>,
+    whole: fn(f64) -> W,
+    scales: Option<&[f32]>,
+    count: usize,
+) {
+    const WIDTH: usize = 40;
+    const INNER: usize = 70;
+    let heads = Heads {
+        wide: 4,
+        narrow: 2,
+        size: 8,
+        scaling: 0.3,
+        window: None,
+    };
+    let mut number = noise(count as u64);
+    let mut weight = |height: usize, width: usize| -> Vec<W> {
+        (0..height * width).map(|_| whole(number())).collect()
+    };
+    let (projection, output) = (weight(64, WIDTH), weight(WIDTH, 32));
+    let (gate, up, down) = (
+        weight(INNER, WIDTH),
+        weight(INNER, WIDTH),
+        weight(WIDTH, INNER),
+    );
+    let linear = |weight, height| Linear {
+        weight,
+        scales: scales.map(|scales| &scales[..height]),
+        bias: None,
+    };
+    let [before_attention, before_block] = [0; 2].map(|_| drawn(kind, WIDTH, &mut number));
+    let norm = |weight| Norm { weight, eps: 1e-5 };
+    let layer = Layer {
+        before_attention: norm(&before_attention[..]),
+        projections: vec![linear(&projection[..], 64)],
+        norms: None,
+        heads,
+        output: linear(&output[..], WIDTH),
+        before_block: norm(&before_block[..]),
+        block: [linear(&gate[..], INNER), linear(&up[..], INNER)],
+        down: linear(&down[..], WIDTH),
+        residual: 0.5,
+    };
+    let rows: Vec<T> = drawn(kind, count * WIDTH, &mut number);
+    let old: Vec<T> = drawn(kind, 3 * 16, &mut number);
+    let room = || {
+        let mut room = old.clone();
+        room.resize((3 + count) * 16, (kind.narrow)(9.0));
+        room
+    };
+    let run = |isa, team, picked: Option<&[usize]>| {
+        let (mut keys, mut values) = (room(), room());
+        let seen = Seen {
+            keys: &mut keys,
+            values: &mut values,
+            count: 3,
+        };
+        let team = Threads(team);
+        let machine = Machine { isa, team: &team };
+        let found = layer.run(machine, rows.clone(), None, seen, picked);
+        [found, keys, values].concat()
+    };
+    let found = on_all(kind, |isa, team| run(isa, team, None));
+    let (last, kept) = (count - 1, count * WIDTH);
+    let alone = on_all(kind, |isa, team| run(isa, team, Some(&[last])));
+    assert_eq!(alone[..WIDTH], found[last * WIDTH..kept]);
+    assert_eq!(alone[WIDTH..], found[kept..]);
+
+    let machine = Machine {
+        isa: InstructionSet::available()[0],
+        team: &Threads(1),
+    };
+    let products = |linears: &[Linear<'_, T, W>], finish, numbers: &[T], width, norm| {
+        let rows = Rows {
+            numbers,
+            width,
+            norm,
+        };
+        machine.multiply(linears, finish, rows)
+    };
+    let (store, normed) = (Finish::Store, Some(layer.before_attention));
+    let projected = products(&layer.projections, store, &rows, WIDTH, normed);
+    let (mut keys, mut values) = (room(), room());
+    let mut mixed = vec![(kind.narrow)(0.0); count * 32];
+    let (before, buffers) = (
+        Before {
+            norms: None,
+            rotary: None,
+        },
+        (&mut keys[..], &mut values[..]),
+    );
+    let attention = Attention::begin(
+        machine.isa,
+        heads,
+        &projected,
+        before,
+        buffers,
+        3,
+        &mut mixed,
+    );
+    attention.work();
+    attention.finish();
+    let hidden = products(&[layer.output], Finish::Add(&rows, 0.5), &mixed, 32, None);
+    let normed = Some(layer.before_block);
+    let fed = products(&layer.block, Finish::Gate, &hidden, WIDTH, normed);
+    let hidden = products(&[layer.down], Finish::Add(&hidden, 0.5), &fed, INNER, None);
+    let parts: Vec<f64> = [hidden, keys, values]
+        .concat()
+        .into_iter()
+        .map(kind.widen)
+        .collect();
+    assert_eq!(found, parts);
+}
+
+#[test]
+fn a_layer_is_its_parts_one_after_another() {
+    let scales: Vec<f32> = (1..=70).map(|row| row as f32 / 5e3).collect();
+    let whole = |x: f64| (x * 127.0) as i8;
+    for count in [1, 2, 9] {
+        check_layer(&F32, F32.narrow, None, count);
+        check_layer(&F16, F16.narrow, None, count);
+        check_layer(&BF16, BF16.narrow, None, count);
+        check_layer(&F32, whole, Some(&scales), count);
+        check_layer(&BF16, whole, Some(&scales), count);
     }
 }

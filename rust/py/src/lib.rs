@@ -27,7 +27,7 @@ mod _core {
     #[pymodule_export]
     use super::isa::{instruction_set_name, instruction_sets};
     #[pymodule_export]
-    use super::step::{attend_rows, multiply_rows, norm_rows, steps_fast};
+    use super::step::{Layers, multiply_rows, norm_rows, steps_fast};
 
     #[pymodule_export]
     use super::guarantee::{

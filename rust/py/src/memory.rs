@@ -11,6 +11,7 @@ pub trait Plain {}
 impl Plain for f32 {}
 impl Plain for f16 {}
 impl Plain for bf16 {}
+impl Plain for i8 {}
 impl Plain for i64 {}
 
 /// How many numbers a tensor of so many dimensions has.

@@ -6,14 +6,19 @@
 use crate::memory::{Plain, maybe, numbers, numbers_mut, size};
 use crate::{isa, team};
 use half::{bf16, f16};
+use offramp_core::InstructionSet;
 use offramp_core::step::{
-    self, Attention, Before, Finish, Heads, Linear, Norm, Product, Rotary, Rows,
+    self, Finish, Heads, Layer, Linear, Machine, Norm, Number, Product, Rotary, Rows, Seen, Team,
+    Weight,
 };
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 
 /// The address of a norm's weight, and ε.
 type NormAt = (usize, f64);
+/// Addresses of weight, scales and bias, and how many outputs there are.  With scales the weight is of int8, and the
+/// scales, one a row of it, of float32.
+type LinearAt = (usize, usize, usize, usize);
 
 /// Evaluate an expression with the type a dtype names.
 macro_rules! with_type {
@@ -44,64 +49,49 @@ pub fn steps_fast() -> PyResult<bool> {
     Ok(isa::chosen()?.has_vectors() && team::is_there())
 }
 
-/// Multiply `count` rows of a width with weights of that width, given as (weight, bias, height), into `out`.
-///
-/// `norm` is what the rows are normed with before, `residual` what the products times `factor` are added to; `gated`
-/// products are of two weights, the second's times `silu` of the first's.
+/// Multiply `count` rows of a width with a weight of that width into `out`.
 #[pyfunction]
-#[pyo3(signature = (
-    dtype, linears, rows, out, count, width, threads, norm=None, residual=0, factor=1.0, gated=false
-))]
-#[expect(
-    clippy::too_many_arguments,
-    reason = "a call for each product of a step"
-)]
+#[expect(clippy::too_many_arguments, reason = "a call for each product")]
 pub fn multiply_rows(
     py: Python<'_>,
     dtype: &str,
-    linears: Vec<(usize, usize, usize)>,
+    linear: LinearAt,
     rows: usize,
     out: usize,
     count: usize,
     width: usize,
     threads: u32,
-    norm: Option<NormAt>,
-    residual: usize,
-    factor: f32,
-    gated: bool,
 ) -> PyResult<()> {
     let isa = isa::chosen()?;
-    if gated && linears.len() != 2 {
-        return Err(PyValueError::new_err("a gated block has two weights"));
-    }
-    let computed = &linears[..linears.len() - usize::from(gated)];
-    let height = computed.iter().map(|&(_, _, height)| height).sum();
-    let (given, found) = (size(&[count, width])?, size(&[count, height])?);
+    let (given, found) = (size(&[count, width])?, size(&[count, linear.3])?);
     with_type!(dtype, |T| {
-        let linear = |&(weight, bias, height): &(usize, usize, usize)| -> PyResult<_> {
-            Ok(Linear {
-                weight: numbers::<T>(weight, size(&[height, width])?)?,
-                bias: maybe(bias, height)?,
-            })
-        };
-        let linears: Vec<_> = linears.iter().map(linear).collect::<PyResult<_>>()?;
-        let finish = match maybe(residual, found)? {
-            _ if gated => Finish::Gate,
-            Some(residual) => Finish::Add(residual, factor),
-            None => Finish::Store,
-        };
         let rows = Rows {
-            numbers: numbers(rows, given)?,
+            numbers: numbers::<T>(rows, given)?,
             width,
-            norm: norm.map(|norm| norm_at(norm, width)).transpose()?,
+            norm: None,
         };
         let out = numbers_mut(out, found)?;
-        py.detach(|| {
-            let product = Product::new(isa, &linears, finish, rows, out, threads as usize);
-            team::run(members(threads, product.parts()), || product.work());
-        });
+        if linear.1 == 0 {
+            let linear: Linear<'_, T> = linear_at(linear, width)?;
+            py.detach(|| multiply(isa, linear, rows, out, threads));
+        } else {
+            let linear: Linear<'_, T, i8> = linear_at(linear, width)?;
+            py.detach(|| multiply(isa, linear, rows, out, threads));
+        }
         Ok(())
     })
+}
+
+fn multiply<T: Number, W: Weight>(
+    isa: InstructionSet,
+    linear: Linear<'_, T, W>,
+    rows: Rows<'_, T>,
+    out: &mut [T],
+    threads: u32,
+) {
+    let team = team::Torch(threads);
+    let product = Product::new(isa, &[linear], Finish::Store, rows, out, team.size());
+    team.run(product.parts(), &|| product.work());
 }
 
 /// Norm `count` rows of a width into `out`.
@@ -124,75 +114,294 @@ pub fn norm_rows(
     })
 }
 
-/// Let new positions attend to those before and to themselves, as `step::Attention` does, into `out`.
-///
-/// `heads` are those of queries, of keys, and their size; `rotary` cosines, sines and partners, or zeros; `cache` keys
-/// and values, with room for the new positions after those `seen`; a window of 0 is none; `norms` are those of each
-/// query head and of each key head.
-#[pyfunction]
-#[pyo3(signature = (
-    dtype, projected, rotary, cache, out, count, seen, heads, scaling, window, threads, norms=None
-))]
-#[expect(clippy::too_many_arguments, reason = "a call for each layer of a step")]
-pub fn attend_rows(
-    py: Python<'_>,
-    dtype: &str,
-    projected: usize,
-    rotary: (usize, usize, usize),
-    cache: (usize, usize),
-    out: usize,
-    count: usize,
-    seen: usize,
+/// A decoder layer, as `offramp.llm.stepping` describes it.
+#[derive(FromPyObject)]
+struct LayerAt {
+    before_attention: NormAt,
+    projections: Vec<LinearAt>,
+    norms: Option<(NormAt, NormAt)>,
+    /// How many heads queries have, how many keys have, and their size.
     heads: (usize, usize, usize),
     scaling: f32,
+    /// 0 for none.
     window: usize,
-    threads: u32,
-    norms: Option<(NormAt, NormAt)>,
-) -> PyResult<()> {
-    let isa = isa::chosen()?;
-    let (wide, narrow, each) = heads;
-    let (queries, angles) = (size(&[count, wide, each])?, size(&[count, each])?);
-    let (new, kept) = (
-        size(&[2, count, narrow, each])?,
-        size(&[seen + count, narrow, each])?,
-    );
-    let heads = Heads {
-        wide,
-        narrow,
-        size: each,
-        scaling,
-        window: (window > 0).then_some(window),
-    };
-    with_type!(dtype, |T| {
-        let projected = numbers::<T>(projected, queries + new)?;
-        let (cosines, sines, partners) = rotary;
-        let rotary = match maybe(cosines, angles)? {
-            None => None,
-            Some(cosines) => Some(Rotary {
-                cosines,
-                sines: numbers(sines, angles)?,
-                partners: numbers(partners, each)?,
-            }),
+    output: LinearAt,
+    before_block: NormAt,
+    block: (LinearAt, LinearAt),
+    down: LinearAt,
+    residual: f32,
+    /// Which angles its queries and keys are turned by.
+    table: Option<usize>,
+}
+
+/// Decoder layers in a row, arranged as Llama's, and what a head has before and after them; those run all or none.
+///
+/// What they are made of is given by its address and must stay there.
+#[pyclass(frozen, module = "offramp._core")]
+pub struct Layers {
+    dtype: String,
+    width: usize,
+    /// Whether all weights have scales; else none has.
+    scaled: bool,
+    layers: Vec<LayerAt>,
+    before: Option<LinearAt>,
+    after: Option<NormAt>,
+}
+
+/// What a run is about.
+#[derive(FromPyObject)]
+struct Run {
+    /// The new rows (R, width), how many there are, and their positions, R int64.
+    rows: usize,
+    new: usize,
+    positions: usize,
+    /// Cosines and signed sines of so many positions, each (positions, head size).
+    tables: Vec<(usize, usize, usize)>,
+    /// The number of a head that each is turned with, int64.
+    partners: usize,
+    /// Keys and values of each layer, with room for the new positions after those seen.
+    caches: Vec<(usize, usize)>,
+    seen: usize,
+    /// Rows of which alone what follows the last layer's attention is computed.
+    picked: Option<Vec<usize>>,
+    /// (picked rows or all, width)
+    out: usize,
+}
+
+#[pymethods]
+impl Layers {
+    #[new]
+    #[pyo3(signature = (dtype, width, layers, before=None, after=None))]
+    fn new(
+        dtype: String,
+        width: usize,
+        layers: Vec<LayerAt>,
+        before: Option<LinearAt>,
+        after: Option<NormAt>,
+    ) -> PyResult<Self> {
+        let weights = layers.iter().flat_map(LayerAt::linears).chain(before);
+        let scaled: Vec<bool> = weights.map(|(_, scales, _, _)| scales != 0).collect();
+        let first = scaled.first().is_some_and(|&first| first);
+        if scaled.iter().any(|&other| other != first) {
+            return Err(PyValueError::new_err(
+                "some weights are of int8 and others are not",
+            ));
+        }
+        Ok(Self {
+            dtype,
+            width,
+            scaled: first,
+            layers,
+            before,
+            after,
+        })
+    }
+
+    /// Run layers `first` to `last - 1` on so many threads.
+    fn run(
+        &self,
+        py: Python<'_>,
+        first: usize,
+        last: usize,
+        threads: u32,
+        given: Run,
+    ) -> PyResult<()> {
+        let isa = isa::chosen()?;
+        let machine = Machine {
+            isa,
+            team: &team::Torch(threads),
         };
-        let norms = match norms {
+        let partly = self.before.is_none() && self.after.is_none();
+        let part = self.layers.get(first..last).filter(|part| {
+            let whole = part.len() == self.layers.len();
+            !part.is_empty() && part.len() == given.caches.len() && (whole || partly)
+        });
+        let Some(part) = part else {
+            return Err(PyValueError::new_err("there are no such layers"));
+        };
+        with_type!(self.dtype.as_str(), |T| {
+            if self.scaled {
+                self.pass::<T, i8>(py, machine, part, given)
+            } else {
+                self.pass::<T, T>(py, machine, part, given)
+            }
+        })
+    }
+}
+
+impl Layers {
+    fn pass<T: Number + Plain, W: Weight + Plain>(
+        &self,
+        py: Python<'_>,
+        machine: Machine<'_>,
+        part: &[LayerAt],
+        given: Run,
+    ) -> PyResult<()> {
+        let layers = part.iter().map(|layer| layer.at::<T, W>(self.width));
+        let layers = layers.collect::<PyResult<Vec<_>>>()?;
+        let before: Option<Linear<'_, T, W>> = self
+            .before
+            .map(|linear| linear_at(linear, self.width))
+            .transpose()?;
+        let after: Option<Norm<'_, T>> = self
+            .after
+            .map(|norm| norm_at(norm, self.width))
+            .transpose()?;
+        let angles = given.angles::<T>(part)?;
+        let seen = given.seen::<T>(part)?;
+        let rows = numbers::<T>(given.rows, size(&[given.new, self.width])?)?;
+        let picked = given.picked()?;
+        let kept = picked.map_or(given.new, <[usize]>::len);
+        let out = numbers_mut::<T>(given.out, size(&[kept, self.width])?)?;
+        py.detach(|| {
+            let mut rows = rows.to_vec();
+            if let Some(linear) = before {
+                let given = Rows {
+                    numbers: &rows,
+                    width: self.width,
+                    norm: None,
+                };
+                rows = machine.multiply(&[linear], Finish::Store, given);
+            }
+            let last = layers.len() - 1;
+            for (index, (layer, seen)) in layers.iter().zip(seen).enumerate() {
+                let rotary = part[index].table.map(|table| angles[table].rotary());
+                rows = layer.run(
+                    machine,
+                    rows,
+                    rotary,
+                    seen,
+                    picked.filter(|_| index == last),
+                );
+            }
+            out.copy_from_slice(&rows);
+            if let Some(norm) = after {
+                step::norm_rows(machine.isa, norm, out);
+            }
+        });
+        Ok(())
+    }
+}
+
+impl LayerAt {
+    fn linears(&self) -> impl Iterator<Item = LinearAt> {
+        let rest = [self.output, self.block.0, self.block.1, self.down];
+        self.projections.iter().copied().chain(rest)
+    }
+
+    fn at<'a, T: Number + Plain, W: Weight + Plain>(
+        &self,
+        width: usize,
+    ) -> PyResult<Layer<'a, T, W>> {
+        let (wide, narrow, each) = self.heads;
+        let (gate, up) = self.block;
+        let norms = match self.norms {
             None => None,
             Some((queries, keys)) => Some([norm_at(queries, each)?, norm_at(keys, each)?]),
         };
-        let before = Before { norms, rotary };
-        let cache = (numbers_mut(cache.0, kept)?, numbers_mut(cache.1, kept)?);
-        let out = numbers_mut(out, queries)?;
-        py.detach(|| {
-            let attention = Attention::begin(isa, heads, projected, before, cache, seen, out);
-            team::run(members(threads, attention.parts()), || attention.work());
-            attention.finish();
-        });
-        Ok(())
-    })
+        let projections = self.projections.iter();
+        Ok(Layer {
+            before_attention: norm_at(self.before_attention, width)?,
+            projections: projections
+                .map(|&linear| linear_at(linear, width))
+                .collect::<PyResult<_>>()?,
+            norms,
+            heads: Heads {
+                wide,
+                narrow,
+                size: each,
+                scaling: self.scaling,
+                window: (self.window > 0).then_some(self.window),
+            },
+            output: linear_at(self.output, size(&[wide, each])?)?,
+            before_block: norm_at(self.before_block, width)?,
+            block: [linear_at(gate, width)?, linear_at(up, width)?],
+            down: linear_at(self.down, gate.3)?,
+            residual: self.residual,
+        })
+    }
 }
 
-/// The whole team or nobody else: OpenMP lets threads go when a team is smaller than the last, and starts them anew.
-fn members(threads: u32, parts: usize) -> u32 {
-    if parts > 1 { threads } else { 1 }
+/// Angles of the rows: cosines, signed sines, and partners.
+struct Angles<'a, T>(Vec<T>, Vec<T>, &'a [i64]);
+
+impl<T> Angles<'_, T> {
+    fn rotary(&self) -> Rotary<'_, T> {
+        Rotary {
+            cosines: &self.0,
+            sines: &self.1,
+            partners: self.2,
+        }
+    }
+}
+
+impl Run {
+    fn picked(&self) -> PyResult<Option<&[usize]>> {
+        let picked = self.picked.as_deref();
+        if picked.is_some_and(|rows| rows.iter().any(|&row| row >= self.new)) {
+            return Err(PyValueError::new_err("a row that is not there is picked"));
+        }
+        Ok(picked)
+    }
+
+    /// The rows' angles by each table.
+    fn angles<'a, T: Number + Plain>(&self, part: &[LayerAt]) -> PyResult<Vec<Angles<'a, T>>> {
+        if part
+            .iter()
+            .any(|layer| layer.table >= Some(self.tables.len()))
+        {
+            return Err(PyValueError::new_err("there is no such table of angles"));
+        }
+        let each = part.first().map_or(0, |layer| layer.heads.2);
+        let positions = numbers::<i64>(self.positions, self.new)?;
+        let tables = self.tables.iter().map(|&(cosines, sines, known)| {
+            let whole = size(&[known, each])?;
+            if positions.iter().any(|&at| !(0..known as i64).contains(&at)) {
+                return Err(PyValueError::new_err(
+                    "a position is not in the table of angles",
+                ));
+            }
+            let take = |table: &[T]| {
+                let rows = positions.iter();
+                rows.flat_map(|&at| &table[at as usize * each..][..each])
+                    .copied()
+                    .collect()
+            };
+            Ok(Angles(
+                take(numbers(cosines, whole)?),
+                take(numbers(sines, whole)?),
+                numbers(self.partners, each)?,
+            ))
+        });
+        tables.collect()
+    }
+
+    fn seen<'a, T: Number + Plain>(&self, part: &[LayerAt]) -> PyResult<Vec<Seen<'a, T>>> {
+        let caches = part
+            .iter()
+            .zip(&self.caches)
+            .map(|(layer, &(keys, values))| {
+                let (_, narrow, each) = layer.heads;
+                let kept = size(&[self.seen + self.new, narrow, each])?;
+                Ok(Seen {
+                    keys: numbers_mut(keys, kept)?,
+                    values: numbers_mut(values, kept)?,
+                    count: self.seen,
+                })
+            });
+        caches.collect()
+    }
+}
+
+fn linear_at<'a, T: Plain, W: Plain>(
+    (weight, scales, bias, height): LinearAt,
+    width: usize,
+) -> PyResult<Linear<'a, T, W>> {
+    Ok(Linear {
+        weight: numbers(weight, size(&[height, width])?)?,
+        scales: maybe(scales, height)?,
+        bias: maybe(bias, height)?,
+    })
 }
 
 fn norm_at<'a, T: Plain>((weight, eps): NormAt, width: usize) -> PyResult<Norm<'a, T>> {

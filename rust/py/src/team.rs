@@ -3,6 +3,7 @@
 //! After each of torch's operations they spin for milliseconds, waiting for the next.  Threads of our own would find
 //! no core free beside them; these answer within a microsecond.
 
+use offramp_core::step::Team;
 use std::any::Any;
 use std::ffi::{c_uint, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -49,14 +50,28 @@ fn address() -> *mut c_void {
     std::ptr::null_mut()
 }
 
+/// So many of torch's threads, the calling one among them.
+pub struct Torch(pub u32);
+
+impl Team for Torch {
+    fn size(&self) -> usize {
+        self.0 as usize
+    }
+
+    /// The whole team or nobody else: OpenMP lets threads go when a team is smaller than the last, and starts them anew.
+    fn run(&self, parts: usize, work: &(dyn Fn() + Sync)) {
+        run(if parts > 1 { self.0 } else { 1 }, work);
+    }
+}
+
 /// Let up to `count` threads call `work` at the same time, this one among them; returns when all have.
-pub fn run(count: u32, work: impl Fn() + Sync) {
+fn run(count: u32, work: &(dyn Fn() + Sync)) {
     let parallel = parallel().filter(|_| count > 1);
     let Some(parallel) = parallel else {
         return work();
     };
     let shared = Shared {
-        work: &work,
+        work,
         panic: Mutex::new(None),
     };
     // SAFETY: `member` takes a pointer to a `Shared`; this one outlives the call, at whose end no thread is left in it.

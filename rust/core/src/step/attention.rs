@@ -6,7 +6,7 @@
 
 use super::Queue;
 use super::arch::{self, Work};
-use super::lanes::{self, CHUNK, Chunk, LANES, MOST_TOGETHER, Number, Simd};
+use super::lanes::{self, CHUNK, Chunk, LANES, LINE, MOST_TOGETHER, Number, Simd};
 use super::product::{Norm, normalise};
 use crate::isa::InstructionSet;
 use std::ops::Range;
@@ -49,9 +49,6 @@ pub struct Rotary<'a, T> {
 
 /// Positions whose keys and values are read together: a fixed number, so that it does not change the result.
 const BLOCK: usize = 128;
-
-/// Bytes that memory is read in.
-const LINE: usize = 64;
 
 /// Attention that a team of threads works on together.
 pub struct Attention<'a, T> {
@@ -267,7 +264,7 @@ impl<T: Number> Work for Grouping<'_, T> {
                     head,
                     seen,
                     places,
-                    queries: lanes::widen(simd, &queries, size),
+                    queries: lanes::widen::<S, T, T>(simd, &queries, size),
                 });
             }
         }
@@ -404,7 +401,7 @@ impl<T: Number> Mixing<'_, T> {
             let seen = &group.seen[first..group.seen.len().min(first + together)];
             let (own, rest) = queries.split_at(lanes::chunks(size) * seen.len());
             queries = rest;
-            let sums = lanes::dots(simd, key, own, seen.len());
+            let sums = lanes::dots(simd, key, &[], own, seen.len());
             for query in 0..seen.len() {
                 if seen[query].contains(&position) {
                     scores[first + query] = sums[query] * scaling;

@@ -3,7 +3,7 @@
 //!
 //! A weight is read in chunks of 32 numbers, in order and once, and each chunk is multiplied with that of every row.
 //! Of bfloat16 the even numbers go to the first sixteen lanes and the odd ones to the others, which takes one
-//! instruction each; of other types the first half and the second.  Rows are widened once, into the same order.
+//! instruction each; of other types the first half and the second.  Rows are widened once, into the weight's order.
 
 use half::{bf16, f16};
 
@@ -19,6 +19,8 @@ pub trait Simd: Copy {
 
     /// Ask for what will be read soon.
     fn fetch<T>(self, number: &T);
+    /// Ask for what will be read later, into the second cache.
+    fn fetch_early<T>(self, number: &T);
     fn splat(self, value: f32) -> Self::Lanes;
     fn load(self, values: &[f32; LANES]) -> Self::Lanes;
     fn store(self, a: Self::Lanes, values: &mut [f32; LANES]);
@@ -26,6 +28,7 @@ pub trait Simd: Copy {
     fn load_f16(self, numbers: &[f16; CHUNK]) -> [Self::Lanes; 2];
     /// The even numbers and the odd ones.
     fn load_bf16(self, numbers: &[bf16; CHUNK]) -> [Self::Lanes; 2];
+    fn load_i8(self, numbers: &[i8; CHUNK]) -> [Self::Lanes; 2];
 
     fn add(self, a: Self::Lanes, b: Self::Lanes) -> Self::Lanes;
     /// `a * b + c`, rounded once.
@@ -36,9 +39,19 @@ pub trait Simd: Copy {
 
 pub(super) const MOST_TOGETHER: usize = 8;
 
-/// A type of numbers: `f32`, `f16` or `bf16`.
-pub trait Number: Copy + Send + Sync + 'static + sealed::Number {}
+/// Bytes that memory is read in.
+pub(super) const LINE: usize = 64;
 
+/// What a weight can be made of: `f32`, `f16`, `bf16`, or `i8` that stand for themselves times a scale.
+pub trait Weight: Copy + Send + Sync + 'static + sealed::Weight {}
+
+/// A type of numbers to compute with: `f32`, `f16` or `bf16`.
+pub trait Number: Weight + sealed::Number {}
+
+impl Weight for f32 {}
+impl Weight for f16 {}
+impl Weight for bf16 {}
+impl Weight for i8 {}
 impl Number for f32 {}
 impl Number for f16 {}
 impl Number for bf16 {}
@@ -47,20 +60,50 @@ mod sealed {
     use super::{CHUNK, LANES, Simd};
     use half::{bf16, f16};
 
-    pub trait Number: Sized {
+    pub trait Weight: Sized {
         const ZERO: Self;
-        fn to_f32(self) -> f32;
-        fn from_f32(value: f32) -> Self;
+        /// Whether even and odd numbers are loaded apart, instead of the first half and the second.
+        const IN_TURNS: bool;
         fn load<S: Simd>(simd: S, numbers: &[Self; CHUNK]) -> [S::Lanes; 2];
+
         /// Where in a chunk a lane of the first or second sixteen comes from.
-        fn place(half: usize, lane: usize) -> usize;
+        #[inline(always)]
+        fn place(half: usize, lane: usize) -> usize {
+            if Self::IN_TURNS {
+                2 * lane + half
+            } else {
+                half * LANES + lane
+            }
+        }
     }
 
-    macro_rules! number {
-        ($float:ty, $zero:expr, $to_f32:expr, $from_f32:expr, $load:ident, $place:expr) => {
-            impl Number for $float {
-                const ZERO: Self = $zero;
+    pub trait Number: Weight {
+        fn to_f32(self) -> f32;
+        fn from_f32(value: f32) -> Self;
+    }
 
+    macro_rules! weight {
+        ($type:ty, $zero:expr, $load:ident, $in_turns:expr) => {
+            impl Weight for $type {
+                const ZERO: Self = $zero;
+                const IN_TURNS: bool = $in_turns;
+
+                #[inline(always)]
+                fn load<S: Simd>(simd: S, numbers: &[Self; CHUNK]) -> [S::Lanes; 2] {
+                    simd.$load(numbers)
+                }
+            }
+        };
+    }
+
+    weight!(f32, 0.0, load_f32, false);
+    weight!(f16, f16::ZERO, load_f16, false);
+    weight!(bf16, bf16::ZERO, load_bf16, true);
+    weight!(i8, 0, load_i8, false);
+
+    macro_rules! number {
+        ($float:ty, $to_f32:expr, $from_f32:expr) => {
+            impl Number for $float {
                 #[inline(always)]
                 fn to_f32(self) -> f32 {
                     $to_f32(self)
@@ -70,28 +113,8 @@ mod sealed {
                 fn from_f32(value: f32) -> Self {
                     $from_f32(value)
                 }
-
-                #[inline(always)]
-                fn load<S: Simd>(simd: S, numbers: &[Self; CHUNK]) -> [S::Lanes; 2] {
-                    simd.$load(numbers)
-                }
-
-                #[inline(always)]
-                fn place(half: usize, lane: usize) -> usize {
-                    $place(half, lane)
-                }
             }
         };
-    }
-
-    #[inline(always)]
-    fn in_halves(half: usize, lane: usize) -> usize {
-        half * LANES + lane
-    }
-
-    #[inline(always)]
-    fn in_turns(half: usize, lane: usize) -> usize {
-        2 * lane + half
     }
 
     /// Without a branch, so that a compiler can do many at once; the library's makes a quiet number of NaN first.
@@ -113,45 +136,56 @@ mod sealed {
         bf16::from_bits((kept >> 16) as u16)
     }
 
-    number!(f32, 0.0, f32::from, f32::from, load_f32, in_halves);
-    number!(
-        f16,
-        f16::ZERO,
-        f16::to_f32,
-        f16::from_f32,
-        load_f16,
-        in_halves
-    );
-    number!(bf16, bf16::ZERO, widened, narrowed, load_bf16, in_turns);
+    number!(f32, f32::from, f32::from);
+    number!(f16, f16::to_f32, f16::from_f32);
+    number!(bf16, widened, narrowed);
 }
 
-/// A chunk of a row in float32, in the order its lanes are loaded in; no load crosses a line of the cache.
+/// A chunk of a row in float32, in the order a weight's lanes are loaded in; no load crosses a line of the cache.
 #[derive(Clone, Copy)]
 #[repr(align(64))]
 pub(super) struct Chunk([[f32; LANES]; 2]);
 
-/// Rows (R, width) in groups of as many as are multiplied together, in each group chunk by chunk of all its rows.
+/// Rows (R, width) in groups of as many as are multiplied together, in each group chunk by chunk of all its rows, in
+/// the order of a weight made of `W`.
 #[inline(always)]
-pub(super) fn widen<S: Simd, T: Number>(simd: S, rows: &[T], width: usize) -> Vec<Chunk> {
+pub(super) fn widen<S: Simd, W: Weight, T: Number>(
+    simd: S,
+    rows: &[T],
+    width: usize,
+) -> Vec<Chunk> {
     let chunks = chunks(width);
     let mut widened = Vec::with_capacity(rows.len() / width * chunks);
     for group in rows.chunks(together::<S>(width) * width) {
         for place in 0..chunks {
             for row in group.chunks_exact(width) {
-                let [a, b] = T::load(simd, &chunk_at(row, place * CHUNK));
-                let mut chunk = Chunk([[0.0; LANES]; 2]);
-                simd.store(a, &mut chunk.0[0]);
-                simd.store(b, &mut chunk.0[1]);
-                widened.push(chunk);
+                widened.push(widen_chunk::<S, W, T>(simd, &chunk_at(row, place * CHUNK)));
             }
         }
     }
     widened
 }
 
+#[inline(always)]
+fn widen_chunk<S: Simd, W: Weight, T: Number>(simd: S, numbers: &[T; CHUNK]) -> Chunk {
+    let mut chunk = Chunk([[0.0; LANES]; 2]);
+    if T::IN_TURNS == W::IN_TURNS {
+        let [a, b] = T::load(simd, numbers);
+        simd.store(a, &mut chunk.0[0]);
+        simd.store(b, &mut chunk.0[1]);
+    } else {
+        for half in 0..2 {
+            for lane in 0..LANES {
+                chunk.0[half][lane] = numbers[W::place(half, lane)].to_f32();
+            }
+        }
+    }
+    chunk
+}
+
 /// The chunk that starts at `start`, filled up with zeros.
 #[inline(always)]
-pub(super) fn chunk_at<T: Number>(row: &[T], start: usize) -> [T; CHUNK] {
+pub(super) fn chunk_at<T: Weight>(row: &[T], start: usize) -> [T; CHUNK] {
     let mut chunk = [T::ZERO; CHUNK];
     let there = CHUNK.min(row.len() - start);
     chunk[..there].copy_from_slice(&row[start..start + there]);
@@ -173,37 +207,46 @@ pub(super) fn chunks(width: usize) -> usize {
     width.div_ceil(CHUNK)
 }
 
-/// The sums for a group of `count` rows; what is beyond them is 0.
+/// The sums for a group of `count` rows; what is beyond them is 0.  As many numbers as there are of `ahead` are asked
+/// for meanwhile.
 #[inline(always)]
-pub(super) fn dots<S: Simd, T: Number>(
+pub(super) fn dots<S: Simd, W: Weight>(
     simd: S,
-    weight: &[T],
+    weight: &[W],
+    ahead: &[W],
     group: &[Chunk],
     count: usize,
 ) -> [f32; MOST_TOGETHER] {
     match count {
-        1 => dots_of::<S, T, 1>(simd, weight, group),
-        2 => dots_of::<S, T, 2>(simd, weight, group),
-        3 => dots_of::<S, T, 3>(simd, weight, group),
-        4 => dots_of::<S, T, 4>(simd, weight, group),
-        5 => dots_of::<S, T, 5>(simd, weight, group),
-        6 => dots_of::<S, T, 6>(simd, weight, group),
-        7 => dots_of::<S, T, 7>(simd, weight, group),
-        _ => dots_of::<S, T, 8>(simd, weight, group),
+        1 => dots_of::<S, W, 1>(simd, weight, ahead, group),
+        2 => dots_of::<S, W, 2>(simd, weight, ahead, group),
+        3 => dots_of::<S, W, 3>(simd, weight, ahead, group),
+        4 => dots_of::<S, W, 4>(simd, weight, ahead, group),
+        5 => dots_of::<S, W, 5>(simd, weight, ahead, group),
+        6 => dots_of::<S, W, 6>(simd, weight, ahead, group),
+        7 => dots_of::<S, W, 7>(simd, weight, ahead, group),
+        _ => dots_of::<S, W, 8>(simd, weight, ahead, group),
     }
 }
 
 // Loops over indices: what an iterator's closure does with lanes is not compiled for the instruction set everywhere.
 #[inline(always)]
-fn dots_of<S: Simd, T: Number, const R: usize>(
+fn dots_of<S: Simd, W: Weight, const R: usize>(
     simd: S,
-    weight: &[T],
+    weight: &[W],
+    ahead: &[W],
     group: &[Chunk],
 ) -> [f32; MOST_TOGETHER] {
     let mut sums = [[simd.splat(0.0); 2]; R];
     let (whole, rest) = weight.as_chunks::<CHUNK>();
     let (group, _) = group.as_chunks::<R>();
-    for (numbers, rows) in whole.iter().zip(group) {
+    let (ahead, _) = ahead.as_chunks::<CHUNK>();
+    for (place, (numbers, rows)) in whole.iter().zip(group).enumerate() {
+        if let Some(later) = ahead.get(place) {
+            for line in 0..size_of::<[W; CHUNK]>().div_ceil(LINE) {
+                simd.fetch_early(&later[line * LINE / size_of::<W>()]);
+            }
+        }
         add_products(simd, numbers, rows, &mut sums);
     }
     if let (false, Some(rows)) = (rest.is_empty(), group.last()) {
@@ -217,13 +260,13 @@ fn dots_of<S: Simd, T: Number, const R: usize>(
 }
 
 #[inline(always)]
-fn add_products<S: Simd, T: Number, const R: usize>(
+fn add_products<S: Simd, W: Weight, const R: usize>(
     simd: S,
-    numbers: &[T; CHUNK],
+    numbers: &[W; CHUNK],
     rows: &[Chunk; R],
     sums: &mut [[S::Lanes; 2]; R],
 ) {
-    let [a, b] = T::load(simd, numbers);
+    let [a, b] = W::load(simd, numbers);
     for row in 0..R {
         let [first, second] = &rows[row].0;
         sums[row][0] = simd.mul_add(a, simd.load(first), sums[row][0]);

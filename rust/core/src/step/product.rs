@@ -1,22 +1,25 @@
 //! Products of weights with a few rows.
 //!
-//! `out[r, o] = sum over i of weight[o, i] * rows[r, i] + bias[o]`, summed in float32.  Each sum is one of 32 partial
-//! sums, so it is off by at most (n / 32 + 7) * 2^-24 of the sum of the absolute products, n their number, before it
-//! is rounded to the type of the output.
+//! `out[r, o] = (sum over i of weight[o, i] * rows[r, i]) * scale[o] + bias[o]`, summed in float32.  Each sum is one of
+//! 32 partial sums, so it is off by at most (n / 32 + 8) * 2^-24 of the sum of the absolute products, n their number,
+//! before it is rounded to the type of the output.
 
 use super::Queue;
 use super::arch::{self, Work};
-use super::lanes::{self, Chunk, Number, Simd};
+use super::lanes::{self, Chunk, Number, Simd, Weight};
 use crate::isa::InstructionSet;
+use std::marker::PhantomData;
 
 /// A part of fewer bytes of a weight is not worth the asking.
 const LEAST_PART: usize = 1 << 14;
 
-/// A weight (O, I), row by row, and perhaps a bias (O).
+/// A weight (O, I), row by row, and perhaps a scale for each of its rows, and a bias (O).
 #[derive(Clone, Copy)]
-pub struct Linear<'a, T> {
+pub struct Linear<'a, T, W = T> {
     /// O * I numbers.
-    pub weight: &'a [T],
+    pub weight: &'a [W],
+    /// O numbers.
+    pub scales: Option<&'a [f32]>,
     /// O numbers.
     pub bias: Option<&'a [T]>,
 }
@@ -53,27 +56,27 @@ pub enum Finish<'a, T> {
 }
 
 /// Products that a team of threads works on together.
-pub struct Product<'a, T> {
+pub struct Product<'a, T, W = T> {
     isa: InstructionSet,
     width: usize,
     rows: Vec<Chunk>,
-    parts: Queue<Part<'a, T>>,
+    parts: Queue<Part<'a, T, W>>,
 }
 
 /// Some outputs in a row: what they are made of, and where they go in each row of `out`.
-struct Part<'a, T> {
-    linear: Linear<'a, T>,
-    then: Then<'a, T>,
+struct Part<'a, T, W> {
+    linear: Linear<'a, T, W>,
+    then: Then<'a, T, W>,
     out: Vec<&'a mut [T]>,
 }
 
-enum Then<'a, T> {
+enum Then<'a, T, W> {
     Store,
     Add(Vec<&'a [T]>, f32),
-    GateOf(Linear<'a, T>),
+    GateOf(Linear<'a, T, W>),
 }
 
-impl<'a, T: Number> Product<'a, T> {
+impl<'a, T: Number, W: Weight> Product<'a, T, W> {
     /// Prepare the products of rows for a team of so many; `out` has (R, O) numbers, O the outputs of all weights, or
     /// of one where they are gated.
     ///
@@ -81,7 +84,7 @@ impl<'a, T: Number> Product<'a, T> {
     /// If the sizes do not fit together, there are no rows, or a row has no numbers.
     pub fn new(
         isa: InstructionSet,
-        linears: &[Linear<'a, T>],
+        linears: &[Linear<'a, T, W>],
         finish: Finish<'a, T>,
         rows: Rows<'_, T>,
         out: &'a mut [T],
@@ -96,7 +99,7 @@ impl<'a, T: Number> Product<'a, T> {
         Self {
             isa,
             width,
-            rows: arch::run(isa, Widening(rows)),
+            rows: arch::run(isa, Widening(rows, PhantomData::<W>)),
             parts: Queue::of(parts),
         }
     }
@@ -122,14 +125,14 @@ impl<'a, T: Number> Product<'a, T> {
 }
 
 /// Divide outputs among a team.
-fn divide<'a, T: Number>(
-    linears: &[Linear<'a, T>],
+fn divide<'a, T: Number, W: Weight>(
+    linears: &[Linear<'a, T, W>],
     finish: Finish<'a, T>,
     width: usize,
     count: usize,
     out: &'a mut [T],
     team: usize,
-) -> Vec<Part<'a, T>> {
+) -> Vec<Part<'a, T, W>> {
     let (computed, mut gated) = match (finish, linears) {
         (Finish::Gate, [gate, up]) => (std::slice::from_ref(gate), Some(*up)),
         (Finish::Gate, _) => panic!("a gated block has two weights"),
@@ -146,7 +149,7 @@ fn divide<'a, T: Number>(
         }
         _ => None,
     };
-    let least = LEAST_PART.div_ceil(width * size_of::<T>());
+    let least = LEAST_PART.div_ceil(width * size_of::<W>());
     let mut parts = Vec::with_capacity(team * computed.len());
     for linear in computed {
         let mut linear = *linear;
@@ -173,11 +176,12 @@ fn divide<'a, T: Number>(
     parts
 }
 
-impl<T> Linear<'_, T> {
+impl<T, W> Linear<'_, T, W> {
     /// How many outputs there are.
-    fn height(&self, width: usize) -> usize {
+    pub(super) fn height(&self, width: usize) -> usize {
         let height = self.weight.len() / width;
         assert!(self.weight.len() == height * width);
+        assert!(self.scales.is_none_or(|scales| scales.len() == height));
         assert!(self.bias.is_none_or(|bias| bias.len() == height));
         height
     }
@@ -186,6 +190,7 @@ impl<T> Linear<'_, T> {
     fn take(&mut self, height: usize, width: usize) -> Self {
         Self {
             weight: take(&mut self.weight, height * width),
+            scales: self.scales.as_mut().map(|scales| take(scales, height)),
             bias: self.bias.as_mut().map(|bias| take(bias, height)),
         }
     }
@@ -199,10 +204,10 @@ fn take_mut<'a, T>(numbers: &mut &'a mut [T], count: usize) -> &'a mut [T] {
     numbers.split_off_mut(..count).expect("as many are left")
 }
 
-/// Rows, normed and widened for products.
-struct Widening<'a, T>(Rows<'a, T>);
+/// Rows, normed and widened for products with a weight made of `W`.
+struct Widening<'a, T, W>(Rows<'a, T>, PhantomData<W>);
 
-impl<T: Number> Work for Widening<'_, T> {
+impl<T: Number, W: Weight> Work for Widening<'_, T, W> {
     type Output = Vec<Chunk>;
 
     #[inline(always)]
@@ -213,7 +218,7 @@ impl<T: Number> Work for Widening<'_, T> {
             norm,
         } = self.0;
         let Some(norm) = norm else {
-            return lanes::widen(simd, numbers, width);
+            return lanes::widen::<S, W, T>(simd, numbers, width);
         };
         let mut normed = numbers.to_vec();
         let norming = Norming {
@@ -221,7 +226,7 @@ impl<T: Number> Work for Widening<'_, T> {
             rows: &mut normed,
         };
         norming.run(simd);
-        lanes::widen(simd, &normed, width)
+        lanes::widen::<S, W, T>(simd, &normed, width)
     }
 }
 
@@ -261,13 +266,13 @@ pub(super) fn normalise<S: Simd, T: Number>(simd: S, row: &mut [T], norm: Norm<'
     }
 }
 
-struct Multiplying<'a, T> {
-    part: Part<'a, T>,
+struct Multiplying<'a, T, W> {
+    part: Part<'a, T, W>,
     rows: &'a [Chunk],
     width: usize,
 }
 
-impl<T: Number> Work for Multiplying<'_, T> {
+impl<T: Number, W: Weight> Work for Multiplying<'_, T, W> {
     type Output = ();
 
     #[inline(always)]
@@ -307,29 +312,39 @@ impl<T: Number> Work for Multiplying<'_, T> {
 /// Bytes of a weight that are multiplied with one group of rows before the next.
 const WEIGHT_AT_HAND: usize = 16 << 10;
 
+/// So far ahead, in bytes, a weight is asked for.  Zen 4's own prefetch fails beside the loads of several rows: without,
+/// a thread takes twice as long over 2 rows of bfloat16 as over one, and with it as long.
+const AHEAD: usize = 8 << 10;
+
 /// Sums of a weight's rows with all rows.
 #[inline(always)]
-fn multiply<S: Simd, T: Number>(
+fn multiply<S: Simd, T: Number, W: Weight>(
     simd: S,
-    linear: Linear<'_, T>,
+    linear: Linear<'_, T, W>,
     rows: &[Chunk],
     width: usize,
     out: &mut [&mut [T]],
 ) {
     let (chunks, together) = (lanes::chunks(width), lanes::together::<S>(width));
     let height = linear.weight.len() / width;
-    let at_a_time = (WEIGHT_AT_HAND / (width * size_of::<T>())).max(1);
+    let at_a_time = (WEIGHT_AT_HAND / (width * size_of::<W>())).max(1);
     for first in (0..height).step_by(at_a_time) {
         let mut rows = rows;
-        for out in out.chunks_mut(together) {
+        for (number, out) in out.chunks_mut(together).enumerate() {
             let (group, rest) = rows.split_at(chunks * out.len());
             rows = rest;
             for output in first..height.min(first + at_a_time) {
-                let weight = &linear.weight[output * width..][..width];
+                let from_here = &linear.weight[output * width..];
+                // By the first group alone: the others find the weight at hand.
+                let ahead = from_here
+                    .get(AHEAD / size_of::<W>()..)
+                    .filter(|_| number == 0);
+                let ahead = ahead.unwrap_or_default();
+                let scale = linear.scales.map_or(1.0, |scales| scales[output]);
                 let bias = linear.bias.map_or(0.0, |bias| bias[output].to_f32());
-                let sums = lanes::dots(simd, weight, group, out.len());
+                let sums = lanes::dots(simd, &from_here[..width], ahead, group, out.len());
                 for (out, sum) in out.iter_mut().zip(sums) {
-                    out[output] = T::from_f32(sum + bias);
+                    out[output] = T::from_f32(sum * scale + bias);
                 }
             }
         }

@@ -28,6 +28,12 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    fn fetch_early<T>(self, number: &T) {
+        // SAFETY: `self` proves AVX2, and with it SSE; nothing is read but what the reference is to.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(std::ptr::from_ref(number).cast()) }
+    }
+
+    #[inline(always)]
     fn splat(self, value: f32) -> Self::Lanes {
         // SAFETY: `self` proves AVX2.
         unsafe { [_mm256_set1_ps(value); 2] }
@@ -90,6 +96,32 @@ impl Simd for Avx2 {
                 [
                     _mm256_castsi256_ps(_mm256_and_si256(first, upper)),
                     _mm256_castsi256_ps(_mm256_and_si256(second, upper)),
+                ],
+            ]
+        }
+    }
+
+    #[inline(always)]
+    fn load_i8(self, numbers: &[i8; CHUNK]) -> [Self::Lanes; 2] {
+        let at = numbers.as_ptr();
+        // SAFETY: `self` proves AVX2, and with it SSE2; the four unaligned loads of eight bytes are the chunk.
+        unsafe {
+            let [a, b] = [
+                _mm_loadl_epi64(at.cast()),
+                _mm_loadl_epi64(at.add(8).cast()),
+            ];
+            let [c, d] = [
+                _mm_loadl_epi64(at.add(16).cast()),
+                _mm_loadl_epi64(at.add(24).cast()),
+            ];
+            [
+                [
+                    _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(a)),
+                    _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(b)),
+                ],
+                [
+                    _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(c)),
+                    _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(d)),
                 ],
             ]
         }

@@ -27,6 +27,12 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
+    fn fetch_early<T>(self, number: &T) {
+        // SAFETY: `self` proves AVX-512 F, and with it SSE; nothing is read but what the reference is to.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(std::ptr::from_ref(number).cast()) }
+    }
+
+    #[inline(always)]
     fn splat(self, value: f32) -> Self::Lanes {
         // SAFETY: `self` proves AVX-512 F.
         unsafe { _mm512_set1_ps(value) }
@@ -73,6 +79,18 @@ impl Simd for Avx512 {
             [
                 _mm512_castsi512_ps(_mm512_slli_epi32::<16>(both)),
                 _mm512_castsi512_ps(_mm512_and_si512(both, upper)),
+            ]
+        }
+    }
+
+    #[inline(always)]
+    fn load_i8(self, numbers: &[i8; CHUNK]) -> [Self::Lanes; 2] {
+        let at = numbers.as_ptr().cast::<__m128i>();
+        // SAFETY: `self` proves AVX-512 F, and with it SSE2; the two unaligned loads of sixteen bytes are the chunk.
+        unsafe {
+            [
+                _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(at))),
+                _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(at.add(1)))),
             ]
         }
     }

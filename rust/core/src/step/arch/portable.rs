@@ -17,6 +17,9 @@ impl Simd for Portable {
     fn fetch<T>(self, _: &T) {}
 
     #[inline(always)]
+    fn fetch_early<T>(self, _: &T) {}
+
+    #[inline(always)]
     fn splat(self, value: f32) -> Lanes {
         [value; LANES]
     }
@@ -49,6 +52,14 @@ impl Simd for Portable {
         [
             from_fn(|i| numbers[2 * i].to_f32()),
             from_fn(|i| numbers[2 * i + 1].to_f32()),
+        ]
+    }
+
+    #[inline(always)]
+    fn load_i8(self, numbers: &[i8; CHUNK]) -> [Lanes; 2] {
+        [
+            from_fn(|i| f32::from(numbers[i])),
+            from_fn(|i| f32::from(numbers[LANES + i])),
         ]
     }
 
