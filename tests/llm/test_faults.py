@@ -87,6 +87,16 @@ def exits(request, texts):
     return ee
 
 
+@pytest.fixture(params=["batch", "row"])
+def prompts(request, prompts):
+    """A padded batch, or a row by itself, whose segments are one call of the core."""
+    ids, mask = prompts
+    if request.param == "batch":
+        return ids, mask
+    assert mask[0].all()
+    return ids[:1], mask[:1]
+
+
 @pytest.mark.parametrize("mode", ["exit", "verify"])
 @pytest.mark.parametrize("error", MEMORY, ids=["device", "python", "host"])
 def test_running_out_of_memory_gets_a_sentence_and_leaves_everything_usable(
@@ -99,7 +109,7 @@ def test_running_out_of_memory_gets_a_sentence_and_leaves_everything_usable(
     expected = exits.generate(ids, mode=mode, thresholds=[0.3] * 3, **settings)
     fail_in_layer(monkeypatch, exits._trunk, 3, 4, error)
     with pytest.raises(
-        OutOfMemoryError, match=r"^out of memory in layers 4 to 5 over \d+ positions of 4 rows"
+        OutOfMemoryError, match=rf"^out of memory in layers 4 to 5 over \d+ positions of {len(ids)} rows"
     ):
         exits.generate(ids, mode=mode, thresholds=[0.3] * 3, **settings)
     monkeypatch.undo()
@@ -120,7 +130,7 @@ def test_a_segment_that_failed_can_be_run_again(exits, prompts, monkeypatch):
         rollout = Rollout(trunk, heads, ids, mask)
         for _ in range(20):
             try:
-                new = rollout.step(torch.ones(4, dtype=torch.bool)).tokens
+                new = rollout.step(torch.ones(len(ids), dtype=torch.bool)).tokens
             except OutOfMemoryError:
                 failed += 1
                 assert len({rollout.cache.length(layer) for layer in (3, 4)}) == 1
@@ -128,7 +138,7 @@ def test_a_segment_that_failed_can_be_run_again(exits, prompts, monkeypatch):
             rollout.feed(new)
             tokens = torch.cat([tokens, new[:, None]], dim=1)
         rollout.flush()
-        mask = torch.cat([mask, mask.new_ones(4, 20)], dim=1)
+        mask = torch.cat([mask, mask.new_ones(len(ids), 20)], dim=1)
         cache = DynamicCache(config=model.config)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         model(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from offramp import _core
 from offramp.llm import few, stepping
 from offramp.llm.few import Linear, Narrow
+from offramp.llm.layer import RMSNorm
 from offramp.llm.rounding import round_linear
 from offramp.llm.stepping import Steps
 from offramp.llm.trunk import Trunk
@@ -192,9 +194,10 @@ def test_the_last_layer_computes_picked_rows_alone():
         return way(what, hidden[:, 5:], 0, cache=cache, positions=positions[:, 5:], **more)
 
     every = run(trunk.step_lean, steps, None)
-    assert torch.equal(run(trunk.step_lean, steps, torch.tensor([3, 1])), every[0, [3, 1]])
-    for picked in (None, torch.tensor([3, 1])):
-        ours, theirs = run(trunk.step_lean, steps, picked), run(trunk.run_lean, form, picked)
+    assert torch.equal(run(trunk.step_lean, steps, [3, 1]), every[0, [3, 1]])
+    for picked in (None, [3, 1]):
+        ours = run(trunk.step_lean, steps, picked)
+        theirs = run(trunk.run_lean, form, None if picked is None else torch.tensor(picked))
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
@@ -347,22 +350,75 @@ def test_what_does_not_fit_together_is_refused():
         return [hidden[:, 5:], 0, cache.growing, positions[:, 5:], [(table, table)], torch.arange(8)]
 
     steps.run(*given())
-    halves = Trunk(build("Llama").bfloat16()).new_cache().growing
-    for layer in halves:
-        layer.update(torch.ones(1, 2, 5, 8).bfloat16(), torch.ones(1, 2, 5, 8).bfloat16())
+
+    def filled(*shape, dtype=torch.float32, lengths=(5, 5, 5, 5)):
+        """Caches of that many tokens, each (batch, heads, tokens, head size)."""
+        caches = trunk.new_cache().growing
+        for layer, length in zip(caches, lengths, strict=True):
+            new = torch.ones(shape[0], shape[1], length, shape[2]).to(dtype)
+            layer.update(new, new)
+        return caches
+
+    assert trunk.num_layers == 4
+    steps.run(*given()[:2], filled(1, 2, 8), *given()[3:])
     for place, wrong in (
         (0, hidden[:, 5:, :16]),
-        (2, halves),
+        (0, hidden[:, 5:].expand(2, 2, -1)),
+        (2, filled(1, 2, 8, dtype=torch.bfloat16)),
+        (2, filled(1, 4, 8)),
+        (2, filled(1, 2, 16)),
+        (2, filled(2, 2, 8)),
+        (2, filled(1, 2, 8, lengths=(5, 5, 3, 5))),
+        (2, filled(1, 2, 8, lengths=(5, 5, 5, 200))),
+        (2, [*filled(1, 2, 8), *filled(1, 2, 8)]),
         (3, positions[:, 4:]),
         (3, positions[:, 5:].expand(2, 2)),
+        (3, positions[:, 5:].int()),
+        (4, []),
         (4, [(table, table[:, :6])]),
+        (4, [(table, table[:8])]),
         (4, [(table, table.double())]),
+        (4, [(table.T.contiguous().T, table)]),
         (5, torch.arange(7)),
+        (5, torch.arange(8).int()),
     ):
         arguments = given()
         arguments[place] = wrong
-        with pytest.raises(ValueError, match="do not fit together"):
+        lengths = [cache.get_seq_length() for cache in arguments[2]]
+        with pytest.raises(ValueError, match=r"do not fit together|no such layers"):
             steps.run(*arguments)
+        assert [cache.get_seq_length() for cache in arguments[2]] == lengths
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: {"output": Linear(layer.output.weight[:, :16].contiguous())},
+        lambda layer: {"down": Linear(layer.down.weight[:, :16].contiguous())},
+        lambda layer: {"down": layer.down._replace(bias=torch.ones(7))},
+        lambda layer: {"projections": layer.projections[:2]},
+        lambda layer: {"block": [layer.block[0], Linear(layer.block[1].weight[:16])]},
+        lambda layer: {"before_block": replace(layer.before_block, weight=torch.ones(7))},
+        lambda layer: {
+            "down": layer.down._replace(narrow=Narrow(torch.ones(7, 7).to(torch.int8), torch.ones(7)))
+        },
+    ],
+)
+def test_layers_whose_parts_do_not_fit_together_are_not_prepared(change):
+    trunk = Trunk(build("Llama"))
+    (layer,) = trunk.lean_form([trunk.layers[-1]])
+    hidden = torch.ones(1, 1, trunk.hidden_size)
+    assert Steps([layer]).takes(hidden) == few.IS_FAST
+    assert not Steps([replace(layer, **change(layer))]).takes(hidden)
+    width = trunk.hidden_size
+    for beside in (
+        {"before": Linear(torch.ones(width, 16))},
+        {"before": Linear(torch.ones(16, width))},
+        {"after": RMSNorm(torch.ones(16), 1e-5)},
+    ):
+        assert not Steps([layer], **beside).takes(hidden)
+    assert not Steps(Trunk(build("Llama").double()).lean_form(list(trunk.layers))).takes(hidden.double())
 
 
 def test_gate_and_up_may_be_one_with_a_bias():

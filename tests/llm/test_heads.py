@@ -10,10 +10,12 @@ import offramp
 import pytest
 import torch
 from offramp import EarlyExitModel, ExitHead, HeadConfig, InputError, register_head
+from offramp.llm import few
 from offramp.llm.decoding import Exit, Rollout
 from offramp.llm.heads import make_head
 from offramp.llm.reading import Reader
 from offramp.llm.sequences import TokenSequence
+from offramp.llm.stepping import Steps
 from offramp.llm.storage import load_exits
 from offramp.llm.trunk import Trunk
 from test_families import FAMILIES, make
@@ -103,24 +105,34 @@ def test_rows_that_waited_stop_at_the_attention_of_the_last_layer(monkeypatch):
         assert {rows[id(part.weight)] for part in after} == {below}
 
 
-def test_a_head_that_failed_half_way_reads_its_rows_again(monkeypatch):
-    """After keys and values were added, of which nothing may be left."""
+@pytest.mark.parametrize("learns", [True, False])
+def test_a_head_that_failed_half_way_reads_its_rows_again(monkeypatch, learns):
+    """After keys and values were added, of which nothing may be left; where nothing is learnt, by the core."""
     trunk = Trunk(make_model())
     head = make_head(trunk, HeadConfig("adapter", shortlist=None, depth=2), None).requires_grad_(False)
     hidden = torch.randn(1, 8, trunk.hidden_size, generator=torch.Generator().manual_seed(1))
     positions = torch.arange(8)[None]
-    answers = []
+    answers, run = [], Steps.run
+
+    def fail(*given):
+        if len(given) > 1:
+            run(*given)
+        raise ZeroDivisionError
+
+    failing = {"head": (head, "finish", fail), "core": (Steps, "run", fail)}
     for fails in (False, True):
         reader = Reader(head)
         for start, end in ((0, 5), (5, 7), (7, 8)):
             reader.see(hidden[:, start:end])
-            if fails:
-                with monkeypatch.context() as patched:
-                    patched.setattr(head, "finish", lambda _: 1 / 0)
-                    with pytest.raises(ZeroDivisionError):
-                        reader.answer(positions[:, :end], None)
-                assert reader.state.length == start
-            answers.append(reader.answer(positions[:, :end], None))
+            with torch.set_grad_enabled(learns):
+                if fails:
+                    where = "core" if start and not learns and few.IS_FAST else "head"
+                    with monkeypatch.context() as patched:
+                        patched.setattr(*failing[where])
+                        with pytest.raises(ZeroDivisionError):
+                            reader.answer(positions[:, :end], None)
+                    assert reader.state.length == start
+                answers.append(reader.answer(positions[:, :end], None))
             assert reader.state.length == end
     for mine, expected in zip(answers[3:], answers[:3], strict=True):
         assert torch.equal(mine, expected)

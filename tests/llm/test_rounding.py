@@ -131,6 +131,32 @@ def test_heads_of_one_list_share_their_rows(exits):
     assert first._narrow is second._narrow
 
 
+def test_a_head_that_is_not_rounded_may_share_its_rows_with_one_that_is(exits, texts):
+    kind = exits.head_configs[2].kind
+    configs = {2: HeadConfig(kind, shortlist=60, bits=None), 4: HeadConfig(kind, shortlist=60)}
+    ee = EarlyExitModel(exits.model, None, layers=(2, 4), head=configs)
+    ee.train_heads(sequences=texts[:20], epochs=1, batch_size=64)
+    exact, rounded = map(ee.heads_in_use.after, (2, 4))
+    assert torch.equal(exact.weight, ee.heads.after(2).weight)
+    assert not torch.equal(rounded.weight, ee.heads.after(4).weight)
+    assert exact._narrow is None
+
+
+def test_heads_in_use_follow_the_model_to_another_dtype(texts):
+    ee = EarlyExitModel(make_model(), None, layers=(2,), head=HeadConfig("adapter", shortlist=60))
+    ee.train_heads(sequences=texts[:20], epochs=1, batch_size=64)
+    ids, settings = texts[0][None, :9], {"max_new_tokens": 8, "thresholds": [0.0]}
+    with torch.inference_mode():
+        before = ee.generate(ids, **settings)
+    assert not ee.heads_in_use.after(2).weight.is_inference()
+    ee.model.bfloat16()
+    ee.generate(ids, **settings)
+    assert ee.heads_in_use.after(2).weight.dtype is torch.bfloat16
+    assert ee.last_stats.tokens_by_exit[2] > 0
+    ee.model.float()
+    assert ee.generate(ids, **settings).shape == before.shape
+
+
 @steps_by_the_core
 def test_costs_count_the_whole_numbers(exits):
     for layer in exits.layers:

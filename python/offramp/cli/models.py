@@ -66,6 +66,11 @@ def demo(session: Session, *, folder: Path, tokens: int, dtype: str | None, devi
     help="Start a linear head from the model's output rows, or from noise.",
 )
 @click.option("--depth", type=COUNT, default=1, show_default=True, help="Decoder layers of an adapter.")
+@click.option(
+    "--bits",
+    type=click.Choice(["8", "none"]),
+    help="Round the weights of heads in use to 8 bits, or not at all  [default: 8; linear: none].",
+)
 @click.option("--tokens", type=COUNT, default=50_000, show_default=True, help="Tokens to train on.")
 @click.option(
     "--max-new-tokens", type=COUNT, default=96, show_default=True, help="Tokens a prompt is continued by."
@@ -108,6 +113,7 @@ def train(
     shortlist: int | None,
     init: str,
     depth: int,
+    bits: str | None,
     tokens: int,
     max_new_tokens: int,
     epochs: int,
@@ -137,7 +143,7 @@ def train(
         model,
         output,
         layers=layers,
-        head=pipeline.head_config(head, shortlist, init, depth),
+        head=pipeline.head_config(head, shortlist, init, depth, bits),
         tokens=tokens,
         settings={
             "max_new_tokens": max_new_tokens,

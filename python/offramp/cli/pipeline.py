@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -92,14 +92,16 @@ def open_head_sets(
     return dict(zip(names, [first, *others], strict=True))
 
 
-def head_config(kind: str, shortlist: int | None, init: str, depth: int) -> HeadConfig:
+def head_config(kind: str, shortlist: int | None, init: str, depth: int, bits: str | None) -> HeadConfig:
     """Read the options of a head; a shortlist of 0 is the whole vocabulary."""
     chosen = HeadConfig.of(kind)
+    rounded: dict[str | None, Literal[8] | None] = {None: chosen.bits, "8": 8, "none": None}
     return HeadConfig(
         chosen.kind,
         shortlist=chosen.shortlist if shortlist is None else shortlist or None,
         init="scratch" if init == "scratch" else "copy",
         depth=depth,
+        bits=rounded[bits],
     )
 
 

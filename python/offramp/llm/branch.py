@@ -111,7 +111,7 @@ class Branch:
             cache=state.cache,
             positions=positions,
             attention_mask=mask,
-            picked=None if rows == 1 else torch.tensor([rows - 1]),
+            picked=None if rows == 1 else [rows - 1],
         )
         return None if found is None else found.view(1, -1)
 

@@ -26,6 +26,8 @@ class GrowingLayer(DynamicLayer):
         super().__init__()  # type: ignore[no-untyped-call]  # transformers annotates it in part
         self._length = 0
         self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
+        # Who found which buffers in order: `stepping` looks at new ones alone.
+        self.checked: tuple[object, object] = (None, None)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
@@ -62,8 +64,8 @@ class GrowingLayer(DynamicLayer):
         return None if self._buffers is None else _view(self._buffers[0], self._length)
 
     @keys.setter
-    def keys(self, _: torch.Tensor | None) -> None:
-        """Pass over the nothing that transformers sets where it begins anew: what there is, is in the buffers."""
+    def keys(self, given: torch.Tensor | None) -> None:
+        _nothing(given)
 
     @property
     def values(self) -> torch.Tensor | None:
@@ -71,8 +73,8 @@ class GrowingLayer(DynamicLayer):
         return None if self._buffers is None else _view(self._buffers[1], self._length)
 
     @values.setter
-    def values(self, _: torch.Tensor | None) -> None:
-        pass
+    def values(self, given: torch.Tensor | None) -> None:
+        _nothing(given)
 
     def get_seq_length(self) -> int:
         """Tokens this layer has seen."""
@@ -91,6 +93,8 @@ class GrowingLayer(DynamicLayer):
         """Forget everything, buffers included."""
         self._buffers = None
         self._length = 0
+        # Else transformers 5.0 would fill with zeros what is there no more.
+        self.is_initialized = False
         super().reset()
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
@@ -126,6 +130,12 @@ class GrowingLayer(DynamicLayer):
 def _view(buffer: torch.Tensor, length: int) -> torch.Tensor:
     # Sliced by `narrow`, which takes half the time of an index.
     return buffer.narrow(1, 0, length).transpose(1, 2)
+
+
+def _nothing(given: torch.Tensor | None) -> None:
+    """Pass over the nothing that transformers sets where a layer begins anew; refuse anything else."""
+    if given is not None and given.numel():
+        raise ValueError("keys and values of this cache are appended, not set: use update, crop and reset")
 
 
 class GrowingCache(Cache):

@@ -1,8 +1,8 @@
-"""A few rows through a layer by the compiled core, on torch's own threads: for `products` and `lean`.
+"""What the compiled core computes over a few rows, on torch's own threads, and how it is told of tensors.
 
 A step of decoding has one row, or the few that waited, and costs what reading the weights costs; libraries are made
-for many rows.  Here a weight is read once and in order, what is done before and after a product is done on the way,
-and what comes out, as long as it is finite, does not depend on the rows beside it.
+for many rows.  Here a weight is read once and in order, and what comes out, as long as it is finite, does not depend on
+the rows beside it.  For `products`, `layer`, `rounding`, and `stepping`, which has whole layers computed so.
 """
 
 from __future__ import annotations
@@ -36,6 +36,23 @@ class Linear(NamedTuple):
         """Take a module's, with the whole numbers that `rounding` left there."""
         narrow: Narrow | None = vars(module).get("narrow")
         return cls(module.weight, module.bias, narrow)
+
+    def has_shape(self, height: int, width: int) -> bool:
+        """Whether weight, bias and whole numbers are those of so many outputs and inputs."""
+        weight, bias, narrow = self
+        return (
+            weight.shape == (height, width)
+            and (bias is None or bias.shape == (height,))
+            and (
+                narrow is None
+                or (
+                    narrow.values.shape == (height, width)
+                    and narrow.scales.shape == (height,)
+                    and are_plain(torch.int8, narrow[:1])
+                    and are_plain(torch.float32, narrow[1:])
+                )
+            )
+        )
 
 
 Norm = tuple[torch.Tensor, float]
@@ -81,7 +98,7 @@ def multiply(rows: torch.Tensor, linear: Linear) -> torch.Tensor:
     Everything has to be plain.
     """
     width, height = rows.shape[-1], len(linear.weight)
-    if linear.weight.shape[1] != width or (linear.bias is not None and len(linear.bias) != height):
+    if not linear.has_shape(height, width):
         raise ValueError("rows, weight and bias do not fit together")
     out = rows.new_empty((*rows.shape[:-1], height))
     _core.multiply_rows(

@@ -19,7 +19,7 @@ from torch.nn import functional
 from offramp.errors import InputError
 from offramp.llm.branch import Branch, BranchState
 from offramp.llm.few import Linear, Narrow
-from offramp.llm.lean import is_plain, normed, plain_norm
+from offramp.llm.lean import normed, plain_norm
 from offramp.llm.products import linear
 from offramp.llm.rounding import round_linear, rounded
 from offramp.llm.states import Picked
@@ -54,13 +54,14 @@ class HeadConfig:
         For ``"mlp"``: width of the residual block; default the model's hidden size.
     depth : int
         For ``"adapter"``: number of decoder layers.
+    options : dict
+        For registered kinds: whatever they read, as plain values.
     bits : {8, None}
         What weights are rounded to where the head is used: output rows, and linear maps of ``"mlp"`` and
         ``"adapter"``, to whole numbers of eight bits times a scale for each output.  Decoding reads all weights of a
         head for each token it is asked about, and that is what it costs; thresholds are calibrated with the rounded
-        ones.  Training, and what is stored, is not rounded.  ``None``: not at all.
-    options : dict
-        For registered kinds: whatever they read, as plain values.
+        ones, and rounded everywhere, so that they hold on other machines, too, also where nothing is gained by it.
+        Training, and what is stored, is not rounded.  ``None``: not at all.
     """
 
     kind: str = "mlp"
@@ -68,8 +69,8 @@ class HeadConfig:
     init: Literal["copy", "scratch"] = "copy"
     width: int | None = None
     depth: int = 1
-    bits: Literal[8] | None = 8
     options: Mapping[str, Any] = field(default_factory=dict)
+    bits: Literal[8] | None = 8
 
     def __post_init__(self) -> None:
         """Refuse what no head can be built from."""
@@ -440,7 +441,9 @@ class AdapterHead(_ReadAsTheModel):
 
     def new_state(self) -> BranchState:
         """Give an empty cache."""
-        after = plain_norm(self.norm) if self._is_lean else None
+        # Only what the class itself does after its layers is known.
+        known = self._is_lean and type(self).finish is _ReadAsTheModel.finish
+        after = plain_norm(self.norm) if known else None
         return self.branch.new_state(self.layers, Linear.of(self.linear), after)
 
     def advance(
@@ -466,9 +469,9 @@ class AdapterHead(_ReadAsTheModel):
         return flat.view(*hidden.shape[:2], -1)
 
     def linears(self) -> list[nn.Linear]:
-        """Give the first one, and those of the layers."""
-        within = (module for module in self.layers.modules() if isinstance(module, nn.Linear))
-        return [self.linear, *filter(is_plain, within)]
+        """Give the first one, and those of the layers unless modules of the model's own class read them."""
+        within = self.layers.modules() if self._is_lean else ()
+        return [self.linear, *(module for module in within if isinstance(module, nn.Linear))]
 
     def fit(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
         """Fit the linear map by ridge regression."""
@@ -498,20 +501,23 @@ class ExitHeads(nn.ModuleDict):
             for name, tensor in self.after(layer).own_state().items()
         }
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def serving(self, dtype: torch.dtype) -> ExitHeads:
         """Give heads to use on hidden states of a dtype: a copy, its weights rounded as their configs say."""
         served = copy.deepcopy(self)
-        narrow: dict[int, Narrow | None] = {}
+        known: dict[int, tuple[torch.Tensor, Narrow | None]] = {}
         for head in map(served.after, served.layers):
             if head.config.bits is None:
                 continue
             for item in head.linears():
                 round_linear(item)
-            # Heads of one shortlist share their rows.
-            rows = id(head.weight)
-            if rows not in narrow:
-                head.weight.data, narrow[rows] = rounded(head.weight)
-            head._narrow = narrow[rows]
+            # Heads of one shortlist share their rows, also with some that are not rounded.
+            rows = head.weight
+            if id(rows) not in known:
+                known[id(rows)] = rounded(rows)
+            wide, head._narrow = known[id(rows)]
+            head.weight = nn.Parameter(wide, requires_grad=False) if isinstance(rows, nn.Parameter) else wide
         return served.to(dtype)
 
 

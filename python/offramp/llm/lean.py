@@ -150,14 +150,14 @@ class Lean:
         cache: GrowingCache,
         positions: torch.Tensor,
         padding: torch.Tensor | None,
-        picked: torch.Tensor | None = None,
+        picked: Sequence[int] | None = None,
     ) -> torch.Tensor | None:
         """Do what `run` does over the few rows of a step, in one call of the core; ``None`` for other rows.
 
         The layers from number ``start`` of ``steps`` on stand for layers ``first`` to ``last - 1``.
         """
         seen = cache.length(first)
-        if len(hidden) > 1 or padding is not None or not seen or not steps.take(hidden):
+        if len(hidden) > 1 or padding is not None or not seen or not steps.takes(hidden):
             return None
         tables = [self._table(kind, seen + hidden.shape[1], hidden) for kind in steps.kinds]
         found = steps.run(hidden, start, cache.growing[first:last], positions, tables, self._partner, picked)
@@ -212,7 +212,8 @@ class Lean:
     def _table(self, kind: str, length: int, hidden: torch.Tensor) -> Rotary:
         """Cosines and signed sines for at least ``length`` positions; the table grows by doubling."""
         known = self._tables.get((kind, hidden.dtype))
-        if known is None or len(known[0]) < length or known[0].device != hidden.device:
+        here = hidden.device
+        if known is None or len(known[0]) < length or known[0].device != here or self._partner.device != here:
             known = self._tables[kind, hidden.dtype] = self._tabulate(kind, 2 * length, hidden)
         return known
 

@@ -113,7 +113,7 @@ class EarlyExitModel:
         self.last_stats: GenerationStats | None = None
         self.monitor: Monitor | None = None
         self._trained: dict[str, Any] = {}
-        self._serving: tuple[ExitHeads, ExitHeads] | None = None
+        self._serving: tuple[ExitHeads, tuple[torch.dtype, torch.device], ExitHeads] | None = None
         self._warned_dtype = False
         self._plan: Plan | None = None
         self._plan_at: Callable[[float], Plan] | None = None
@@ -135,7 +135,10 @@ class EarlyExitModel:
 
     @property
     def heads_in_use(self) -> ExitHeads:
-        """Copies of the heads in the model's dtype and rounded (`HeadConfig`), as `generate` and `score` use them."""
+        """Copies of the heads in the model's dtype and rounded (`HeadConfig`), as `generate` and `score` use them.
+
+        They are made once: who changes values of ``heads`` sets ``heads`` to a copy of them afterwards.
+        """
         return self._trained_heads()
 
     def train_heads(
@@ -820,9 +823,10 @@ class EarlyExitModel:
             raise InputError(
                 "heads: these exits are not trained; call train_heads first, or load with from_pretrained"
             )
-        if self._serving is None or self._serving[0] is not self.heads:
-            self._serving = (self.heads, self.heads.serving(self._trunk.dtype))
-        return self._serving[1]
+        wanted = self._trunk.dtype, self._trunk.device
+        if self._serving is None or self._serving[0] is not self.heads or self._serving[1] != wanted:
+            self._serving = (self.heads, wanted, self.heads.serving(self._trunk.dtype))
+        return self._serving[2]
 
     def _warn_about_dtype(self, calibration: Calibration) -> None:
         dtype = str(self._trunk.dtype).removeprefix("torch.")

@@ -18,8 +18,8 @@ _LARGEST = 127
 def round_to_bytes(weight: torch.Tensor) -> Narrow:
     """Whole numbers q and scales s with which ``q[o, i] * s[o]`` is next to a weight (O, I), at most ``s[o] / 2`` off.
 
-    The largest of a row becomes 127 or next to it.  Scales have eight significant bits, so that the products are
-    float32 numbers exactly, and those of both can be had: with the whole numbers, and with what they stand for.
+    The largest of a row becomes 127 or next to it.  Scales have eight significant bits, so that what the whole numbers
+    stand for is exact in float32: to multiply with either is the same there, but for the order of the sums.
     """
     wide = weight.float()
     least = torch.finfo(torch.bfloat16).tiny

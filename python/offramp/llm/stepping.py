@@ -65,6 +65,7 @@ class Steps:
         A norm of the rows, after the last one.
     """
 
+    @torch.no_grad()
     def __init__(
         self, layers: Sequence[LeanLayer], *, before: Linear | None = None, after: RMSNorm | None = None
     ) -> None:
@@ -81,13 +82,20 @@ class Steps:
         self._places = [*map(_address, self._tensors)]
         # Their memory stays, also where somebody gives a parameter other memory meanwhile.
         self._kept = [tensor.detach() for tensor in self._tensors], linears
-        self.dtype = linears[0].weight.dtype
+        self.dtype, self.width = linears[0].weight.dtype, len(layers[0].output.weight)
+        self._heads = [_heads(layer)[1:] for layer in layers]
         self._core: _core.Layers | None = None
-        if all(layer.is_common for layer in layers) and few.are_plain(self.dtype, self._tensors):
+        if (
+            self.dtype in few.NAMES
+            and all(layer.is_common and _fit_together(layer, self.width) for layer in layers)
+            and (before is None or before.has_shape(self.width, self.width))
+            and (after is None or len(after.weight) == self.width)
+            and few.are_plain(self.dtype, self._tensors)
+        ):
             narrow = all(item.narrow is not None for item in linears)
             self._core = _core.Layers(
                 few.NAMES[self.dtype],
-                layers[0].output.weight.shape[0],
+                self.width,
                 [self._layer(layer, narrow=narrow) for layer in layers],
                 few.address(before, narrow=narrow) if before else None,
                 _norm(after) if after else None,
@@ -98,7 +106,7 @@ class Steps:
         """Whether everything is where it was when it was prepared."""
         return [*map(_address, self._tensors)] == self._places
 
-    def take(self, hidden: torch.Tensor) -> bool:
+    def takes(self, hidden: torch.Tensor) -> bool:
         """Whether rows (1, q, H) can go this way: nobody learns from them, and they are few."""
         return (
             self._core is not None
@@ -115,7 +123,7 @@ class Steps:
         positions: torch.Tensor,
         tables: Sequence[Rotary],
         partner: torch.Tensor,
-        picked: torch.Tensor | None = None,
+        picked: Sequence[int] | None = None,
     ) -> torch.Tensor:
         """Run layers, from number ``first`` on one for each cache, over new rows (1, q, H) of one sequence.
 
@@ -129,32 +137,34 @@ class Steps:
             Cosines and signed sines (positions, head size), for each of `kinds`.
         partner : (head size,) int64
             The dimension each is turned with.
-        picked : (n,) int64, optional
+        picked : (n,) ints, optional
             Rows of which alone what follows the last layer's attention is computed.
 
         Returns
         -------
         torch.Tensor
             (1, q, H), or (1, n, H).
+
+        Raises
+        ------
+        ValueError
+            If what is given does not fit together; the caches are then as they were.
         """
         assert self._core is not None
-        count, width = hidden.shape[1:]
-        seen = caches[0].get_seq_length()
+        count, seen = hidden.shape[1], caches[0].get_seq_length()
         buffers = [cache.reserve(count) for cache in caches]
-        size = len(partner)
-        fits = positions.shape == (1, count) and all(
-            buffer.dtype is self.dtype and buffer.is_contiguous() and buffer.shape[0] == 1
-            for pair in buffers
-            for buffer in pair
-        )
-        fits = fits and all(
-            part.dtype is self.dtype and part.shape[1] == size for pair in tables for part in pair
-        )
-        if not fits or width != self._tensors[0].shape[1]:
+        if not (
+            hidden.shape == (1, count, self.width)
+            and few.are_plain(torch.int64, (positions, partner))
+            and positions.shape == (1, count)
+            and self._fit_angles(tables, len(partner))
+            and all(cache.get_seq_length() == seen for cache in caches)
+            and all(map(self._fits, caches, buffers, self._heads[first:]))
+        ):
             raise ValueError("rows, their positions, their angles and the caches do not fit together")
-        hidden, positions = hidden.contiguous(), positions.contiguous()
+        hidden = hidden.contiguous()
         kept = count if picked is None else len(picked)
-        out = hidden.new_empty(1, kept, width)
+        out = hidden.new_empty(1, kept, self.width)
         self._core.run(
             first,
             first + len(caches),
@@ -167,7 +177,7 @@ class Steps:
                 partner.data_ptr(),
                 [(keys.data_ptr(), values.data_ptr()) for keys, values in buffers],
                 seen,
-                None if picked is None else picked.tolist(),
+                None if picked is None else list(picked),
                 out.data_ptr(),
             ),
         )
@@ -175,8 +185,35 @@ class Steps:
             cache.extend(count)
         return out
 
+    def _fit_angles(self, tables: Sequence[Rotary], size: int) -> bool:
+        """Whether there is a table for each kind, and for each number of a head an angle."""
+        wanted = not tables or all(each == size for _, each in self._heads)
+        return (
+            wanted
+            and len(tables) == len(self.kinds)
+            and all(
+                cosines.shape == sines.shape == (len(cosines), size)
+                and few.are_plain(self.dtype, (cosines, sines))
+                for cosines, sines in tables
+            )
+        )
+
+    def _fits(
+        self, cache: GrowingLayer, buffers: tuple[torch.Tensor, torch.Tensor], heads: tuple[int, int]
+    ) -> bool:
+        """Whether a cache's buffers are for keys and values of one sequence; for how many, it has seen to itself."""
+        by, which = cache.checked
+        if by is self and which is buffers:
+            return True
+        keys, values = buffers
+        shape = keys.shape
+        fits = shape == values.shape and shape[0] == 1 and shape[2:] == heads
+        fits = fits and few.are_plain(self.dtype, buffers)
+        if fits:
+            cache.checked = self, buffers
+        return fits
+
     def _layer(self, layer: LeanLayer, *, narrow: bool) -> _Layer:
-        wide, keys, _ = layer.widths
         norms = None
         if layer.query_norm is not None and layer.key_norm is not None:
             norms = _norm(layer.query_norm), _norm(layer.key_norm)
@@ -185,7 +222,7 @@ class Steps:
             _norm(layer.before_attention),
             [few.address(item, narrow=narrow) for item in layer.projections],
             norms,
-            (wide // layer.head_size, keys // layer.head_size, layer.head_size),
+            _heads(layer),
             layer.scaling,
             layer.window or 0,
             few.address(layer.output, narrow=narrow),
@@ -205,6 +242,34 @@ def halves(block: Sequence[Linear]) -> Sequence[Linear]:
     biases = (None, None) if bias is None else bias.chunk(2)
     numbers = (None, None) if narrow is None else map(few.Narrow, *(part.chunk(2) for part in narrow))
     return list(map(Linear, weight.chunk(2), biases, numbers))
+
+
+def _heads(layer: LeanLayer) -> tuple[int, int, int]:
+    """How many heads queries have, how many keys have, and their size."""
+    wide, narrow, _ = layer.widths
+    return wide // layer.head_size, narrow // layer.head_size, layer.head_size
+
+
+def _fit_together(layer: LeanLayer, width: int) -> bool:
+    """Whether the parts of a layer over rows of a width are of the sizes the core takes them to be."""
+    gate, up = halves(layer.block)
+    inner = len(gate.weight)
+    heights = [len(item.weight) for item in layer.projections]
+    norms = (layer.before_attention, layer.before_block, layer.query_norm, layer.key_norm)
+    sizes = (width, width, layer.head_size, layer.head_size)
+    return (
+        sum(heights) == sum(layer.widths)
+        and all(item.has_shape(high, width) for item, high in zip(layer.projections, heights, strict=True))
+        and layer.output.has_shape(width, layer.widths[0])
+        and gate.has_shape(inner, width)
+        and up.has_shape(inner, width)
+        and layer.down.has_shape(width, inner)
+        and all(
+            len(norm.weight) == size
+            for norm, size in zip(norms, sizes, strict=True)
+            if isinstance(norm, RMSNorm)
+        )
+    )
 
 
 def _linears(layer: LeanLayer) -> list[Linear]:

@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from types import CodeType
@@ -358,10 +358,7 @@ class Trainer:
             {
                 "format": _FORMAT,
                 "config": asdict(config),
-                # Nothing is rounded in training.
-                "heads": {
-                    layer: replace(heads.after(layer).config, bits=None).to_dict() for layer in self.layers
-                },
+                "heads": {layer: _trained_by(heads.after(layer).config) for layer in self.layers},
                 "code": {layer: _code_of(type(heads.after(layer))) for layer in self.layers},
                 "state": {name: tuple(tensor.shape) for name, tensor in heads.own_state().items()},
                 "peaks": list(self.peaks.values()),
@@ -747,6 +744,11 @@ def _try_head(trunk: Trunk, config: HeadConfig) -> ExitHead:
             f"{(1, head.weight.shape[1])}"
         )
     return head
+
+
+def _trained_by(config: HeadConfig) -> dict[str, Any]:
+    """Give what training depends on of a config: nothing is rounded in it."""
+    return {name: value for name, value in config.to_dict().items() if name != "bits"}
 
 
 def _code_of(kind: type[ExitHead]) -> list[str]:

@@ -213,7 +213,7 @@ class Trunk:
         cache: GrowingCache,
         positions: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        picked: torch.Tensor | None,
+        picked: Sequence[int] | None,
     ) -> torch.Tensor | None:
         """Do what `run_lean` does in one call, over the few rows of a step; ``None`` for other rows."""
         assert self._lean is not None

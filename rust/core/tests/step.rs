@@ -169,7 +169,8 @@ impl<T: Number, W: Weight> Given<T, W> {
                 let bias = self.bias.as_ref().map_or(0.0, |bias| exact(&bias[output]));
                 let size = products.clone().map(f64::abs).sum::<f64>() + bias.abs();
                 let sum = products.sum::<f64>() + bias;
-                let steps = self.width.div_ceil(32) as f64 + 8.0;
+                let scaled = f64::from(u8::from(self.scales.is_some()));
+                let steps = self.width.div_ceil(32) as f64 + 7.0 + scaled;
                 let error = size * steps * f64::from(f32::EPSILON) / 2.0;
                 let allowed = error + (sum.abs() + error) * self.kind.rounding + self.kind.least;
                 let ours = found.next().expect("an output for each");

@@ -30,8 +30,10 @@ pub fn maybe<'a, T: Plain>(address: usize, count: usize) -> PyResult<Option<&'a 
 /// So many numbers at an address.
 pub fn numbers<'a, T: Plain>(address: usize, count: usize) -> PyResult<&'a [T]> {
     check::<T>(address, count)?;
-    // SAFETY: `offramp.llm.few` and `offramp.decision`, from which alone addresses come, hand over those of tensors on
-    // the CPU that they keep alive for the call, of these types and sizes, one number after the other.
+    // SAFETY: `offramp.llm.few`, `offramp.llm.stepping` and `offramp.decision`, from which alone addresses come, hand over
+    // those of tensors on the CPU, of these types and sizes, one number after the other, whose memory they keep for as
+    // long as the address is used: for the call, or as long as there are the `Layers`.  A user must not take the memory
+    // itself away meanwhile (`share_memory_`, `untyped_storage().resize_`).
     Ok(unsafe { slice::from_raw_parts(address as *const T, count) })
 }
 

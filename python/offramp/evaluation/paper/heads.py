@@ -113,7 +113,8 @@ class HeadSets(Mapping[str, EarlyExitModel]):
         return self.folder / "heads" / f"{init}-{entropy_weight:g}"
 
     def _untrained(self, init: Literal["copy", "scratch"] = "copy") -> EarlyExitModel:
-        head = HeadConfig("linear", shortlist=self.config.shortlist, init=init)
+        # As the paper has them, in full precision.
+        head = HeadConfig("linear", shortlist=self.config.shortlist, init=init, bits=None)
         return EarlyExitModel(self.model, self.tokenizer, layers=self.config.layers, head=head)
 
     def _load(self, name: str) -> EarlyExitModel | None:
