@@ -42,6 +42,15 @@ def shortened(texts, longest):
     return [TokenSequence(text.tokens[: text.prompt_length + longest], text.prompt_length) for text in texts]
 
 
+def worth(scores, correct):
+    """How often a head agrees, and what it takes at the thresholds that suit these very tokens."""
+    found = {"agreement": float(correct.mean())}
+    for eps in COVERAGE_EPS:
+        tau = offramp.fast_calibrate(scores, correct, eps)
+        found[f"coverage_{100 * eps:.0f}"] = float((scores.astype("float64") >= tau).mean())
+    return found
+
+
 def judged(name, ee, texts, longest, seconds):
     """Rows of what heads are worth on answers of that length; coverage at the thresholds that suit these."""
     texts = shortened(texts, longest)
@@ -49,11 +58,7 @@ def judged(name, ee, texts, longest, seconds):
     found = ee.score(texts)
     for layer, scores, correct in zip(ee.layers, found.scores, found.correct, strict=True):
         row = {"head": name, "answer_tokens": longest, "tokens": len(correct), "ended": ended, "layer": layer}
-        row |= {"core_seconds": seconds, "agreement": float(correct.mean())}
-        for eps in COVERAGE_EPS:
-            tau = offramp.fast_calibrate(scores, correct, eps)
-            row[f"coverage_{100 * eps:.0f}"] = float((scores.astype("float64") >= tau).mean())
-        yield row
+        yield row | {"core_seconds": seconds} | worth(scores, correct)
 
 
 def main():

@@ -10,7 +10,9 @@ import heads
 import lossless
 import offramp
 import pytest
+import rounding
 import torch
+from offramp.llm import few
 from offramp.llm.sequences import TokenSequence
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -173,3 +175,29 @@ def test_kinds_of_heads_are_judged_on_text(ee):
         assert row["ended"] == 0
         assert row["agreement"] == pytest.approx(correct.mean())
         assert 1 >= row["coverage_80"] >= row["coverage_90"] >= row["coverage_95"] >= 0
+
+
+def test_heads_are_judged_rounded_and_as_they_were_trained(ee):
+    texts = [TokenSequence(text, 4) for text in torch.randint(3, 61, (10, 20))]
+    trained, own = ee.heads, ee.score(texts)
+    try:
+        found = list(rounding.judged(ee, texts, 1))
+    finally:
+        ee.heads = trained
+    assert [(row["bits"], row["layer"]) for row in found] == [
+        ("as trained", 1),
+        ("as trained", 3),
+        (8, 1),
+        (8, 3),
+    ]
+    for row, correct in zip(found[2:], own.correct, strict=True):
+        assert row["agreement"] == pytest.approx(correct.mean())
+    for row in found:
+        assert row["tokens"] == 160
+        assert row["milliseconds"] > 0
+        assert 1 >= row["coverage_80"] >= row["coverage_90"] >= row["coverage_95"] >= 0
+    if few.IS_FAST:
+        assert all(
+            small["megabytes"] < large["megabytes"] / 3
+            for small, large in zip(found[2:], found[:2], strict=True)
+        )

@@ -17,7 +17,7 @@ import offramp
 import pytest
 import torch
 import transformers
-from offramp.cli import showcase
+from offramp.cli import pipeline, showcase
 from offramp.cli.app import run
 from offramp.cli.pipeline import describe_kinds
 from offramp.evaluation.demo import DemoConfig, run_demo
@@ -622,6 +622,15 @@ def test_the_demo_command_on_the_real_model(tmp_path, demo_folder, monkeypatch):
     page = (tmp_path / "demo" / "report.html").read_text()
     assert page.count('class="passage"') == 4
     assert "Explain rainbows to a ten-year-old." in page
+
+
+def test_bits_are_those_of_the_kind_unless_they_are_given():
+    def read(kind, bits):
+        return pipeline.head_config(kind, 60, "copy", 1, bits).bits
+
+    assert [read(kind, None) for kind in ("mlp", "adapter", "linear")] == [8, 8, None]
+    assert [read(kind, "none") for kind in ("mlp", "adapter", "linear")] == [None] * 3
+    assert [read(kind, "8") for kind in ("mlp", "adapter", "linear")] == [8] * 3
 
 
 def test_heads_of_several_kinds_are_named_with_their_layers():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from offramp.llm.cache import GrowingCache, GrowingLayer
+from transformers.cache_utils import DynamicLayer
 
 
 def rows(count, seed, batch=2):
@@ -66,3 +67,33 @@ def test_layers_of_one_cache_have_their_own_lengths():
     assert cache.get_mask_sizes(4, 2) == (6, 0)
     cache.crop_to(0, 3, 3)
     assert [cache.length(layer) for layer in range(3)] == [3, 0, 2]
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_it_begins_anew_by_every_form_of_transformers_reset(monkeypatch, own):
+    """That of 5.0, without a reset of `DynamicLayer`'s own, fills with zeros what an initialised layer holds."""
+    if not own:
+        monkeypatch.delattr(DynamicLayer, "reset", raising=False)
+    layer = GrowingLayer()
+    layer.update(*rows(5, 0))
+    layer.reset()
+    assert layer.keys is layer.values is None
+    assert layer.get_seq_length() == 0
+    keys, _ = layer.update(*rows(3, 1))
+    assert torch.equal(keys, rows(3, 1)[0])
+
+
+def test_what_it_holds_is_seen_at_any_time_and_not_set():
+    layer = GrowingLayer()
+    assert layer.keys is layer.values is None
+    keys, values = rows(5, 0)
+    layer.update(keys, values)
+    buffers = layer.reserve(2)
+    for buffer, new in zip(buffers, rows(2, 1), strict=True):
+        buffer[:, 5:7] = new.transpose(1, 2)
+    assert torch.equal(layer.keys, keys), "what is only written is not there yet"
+    layer.extend(2)
+    assert torch.equal(layer.values, torch.cat([values, rows(2, 1)[1]], dim=2))
+    for name in ("keys", "values"):
+        with pytest.raises(ValueError, match="appended, not set"):
+            setattr(layer, name, keys)

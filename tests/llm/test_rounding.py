@@ -185,6 +185,19 @@ def test_who_wants_them_as_they_were_trained_says_so(exits, texts):
             HeadConfig(bits=wrong)
 
 
+def test_heads_are_not_trained_again_to_be_rounded(texts, tmp_path):
+    watched = []
+    for bits in (8, None, 8):
+        head = HeadConfig("mlp", shortlist=60, bits=bits)
+        ee = EarlyExitModel(make_model(), None, layers=(2,), head=head)
+        settings = {"sequences": texts[:20], "epochs": 1, "batch_size": 64, "cache": tmp_path}
+        ee.train_heads(**settings, watch=watched.append)
+        watched.append(bits)
+    assert watched[-3:] == [8, None, 8]
+    assert len(watched) > 3
+    assert len([*tmp_path.glob("training-*")]) == 1
+
+
 def test_what_is_stored_says_how_it_is_used(exits, texts, tmp_path):
     exits.save_pretrained(tmp_path / "heads")
     again = EarlyExitModel.from_pretrained(tmp_path / "heads", exits.model)
