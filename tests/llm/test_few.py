@@ -109,6 +109,27 @@ def test_a_row_comes_out_the_same_beside_whatever_rows():
 
 @steps_by_the_core
 @torch.no_grad()
+@pytest.mark.parametrize("family", ["Llama", "Qwen3, sliding", "SmolLM3"])
+def test_layers_part_by_part_are_all_of_them(family, calls):
+    trunk = Trunk(build(family))
+    whole, kept = decoded(trunk, (1, 3))
+    run = trunk.run
+
+    def parts(hidden, first, last, **more):
+        for at in range(first, last, 3):
+            hidden = run(hidden, at, min(at + 3, last), **more)
+        return hidden
+
+    trunk.run = parts
+    calls.clear()
+    found, others = decoded(trunk, (1, 3))
+    assert calls == [(rows, layers) for rows in (1, 3) for layers in (3, 1)]
+    for mine, other in zip([whole, *kept], [found, *others], strict=True):
+        assert torch.equal(mine, other)
+
+
+@steps_by_the_core
+@torch.no_grad()
 @pytest.mark.parametrize("family", OTHERS)
 def test_layers_that_are_arranged_otherwise_are_left_alone(family, calls):
     decoded(Trunk(build(family)), (1, 3))

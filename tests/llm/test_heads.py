@@ -12,7 +12,7 @@ import torch
 from offramp import EarlyExitModel, ExitHead, HeadConfig, InputError, register_head
 from offramp.llm import few
 from offramp.llm.decoding import Exit, Rollout
-from offramp.llm.heads import make_head
+from offramp.llm.heads import AdapterHead, make_head
 from offramp.llm.reading import Reader
 from offramp.llm.sequences import TokenSequence
 from offramp.llm.stepping import Steps
@@ -136,6 +136,23 @@ def test_a_head_that_failed_half_way_reads_its_rows_again(monkeypatch, learns):
             assert reader.state.length == end
     for mine, expected in zip(answers[3:], answers[:3], strict=True):
         assert torch.equal(mine, expected)
+
+
+@torch.no_grad()
+def test_a_kind_that_finishes_in_its_own_way_does_so_in_decoding_too():
+    @register_head("doubled")
+    class Doubled(AdapterHead):
+        def finish(self, hidden):
+            return 2 * super().finish(hidden)
+
+    trunk = Trunk(make_model())
+    head = make_head(trunk, HeadConfig("doubled", shortlist=None), None)
+    hidden = torch.randn(1, 8, trunk.hidden_size, generator=torch.Generator().manual_seed(1))
+    positions, reader = torch.arange(8)[None], Reader(head)
+    for start, end in ((0, 5), (5, 6), (6, 8)):
+        reader.see(hidden[:, start:end])
+        found = reader.answer(positions[:, :end], None)
+    torch.testing.assert_close(found[0], head(hidden)[0, -1], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("cap", [0, 3, None])
