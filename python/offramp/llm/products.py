@@ -33,8 +33,8 @@ def linear(
 ) -> torch.Tensor:
     """``functional.linear`` over rows (..., H), by the product that is fastest for so many; takes a `few.Linear`."""
     rows = hidden.numel() // hidden.shape[-1]
-    if few.are_few(hidden) and _fit(hidden := hidden.contiguous(), weight, bias):
-        return few.multiply(hidden, few.Linear(weight, bias, narrow))
+    if few.are_few(hidden) and _fit(hidden := hidden.contiguous(), one := few.Linear(weight, bias, narrow)):
+        return few.multiply(hidden, one)
     if rows < _WORTH_WIDENING or not widens(hidden):
         return functional.linear(hidden, weight, bias)
     columns = hidden.reshape(rows, -1).T.float()
@@ -48,8 +48,9 @@ def widens(hidden: torch.Tensor) -> bool:
     return WIDENS_HALVES and hidden.dtype in (torch.bfloat16, torch.float16) and hidden.device.type == "cpu"
 
 
-def _fit(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+def _fit(hidden: torch.Tensor, linear: few.Linear) -> bool:
     """Whether these are what a product in the core takes; torch says what is wrong with others."""
+    weight, bias, _ = linear
     given = (hidden, weight) if bias is None else (hidden, weight, bias)
-    fits = hidden.shape[-1:] == weight.shape[1:] and (bias is None or bias.shape == weight.shape[:1])
+    fits = linear.has_shape(len(weight), hidden.shape[-1])
     return fits and len(weight) > 0 and few.are_plain(hidden.dtype, given)

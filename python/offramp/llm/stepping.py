@@ -71,7 +71,7 @@ class Steps:
     ) -> None:
         self.kinds = sorted({layer.kind for layer in layers if layer.kind is not None})
         linears = [item for layer in layers for item in _linears(layer)] + ([before] if before else [])
-        norms = [item for layer in layers for item in _norms(layer)] + ([after] if after else [])
+        norms = [item for layer in layers for item, _ in _norms(layer)] + ([after] if after else [])
         self._tensors = [
             tensor
             for tensor in chain(
@@ -255,8 +255,6 @@ def _fit_together(layer: LeanLayer, width: int) -> bool:
     gate, up = halves(layer.block)
     inner = len(gate.weight)
     heights = [len(item.weight) for item in layer.projections]
-    norms = (layer.before_attention, layer.before_block, layer.query_norm, layer.key_norm)
-    sizes = (width, width, layer.head_size, layer.head_size)
     return (
         sum(heights) == sum(layer.widths)
         and all(item.has_shape(high, width) for item, high in zip(layer.projections, heights, strict=True))
@@ -264,11 +262,7 @@ def _fit_together(layer: LeanLayer, width: int) -> bool:
         and gate.has_shape(inner, width)
         and up.has_shape(inner, width)
         and layer.down.has_shape(width, inner)
-        and all(
-            len(norm.weight) == size
-            for norm, size in zip(norms, sizes, strict=True)
-            if isinstance(norm, RMSNorm)
-        )
+        and all(len(norm.weight) == size for norm, size in _norms(layer))
     )
 
 
@@ -276,9 +270,16 @@ def _linears(layer: LeanLayer) -> list[Linear]:
     return [*layer.projections, layer.output, *layer.block, layer.down]
 
 
-def _norms(layer: LeanLayer) -> list[RMSNorm]:
-    norms = (layer.before_attention, layer.before_block, layer.query_norm, layer.key_norm)
-    return [norm for norm in norms if isinstance(norm, RMSNorm)]
+def _norms(layer: LeanLayer) -> list[tuple[RMSNorm, int]]:
+    """Give the layer's norms, each with the width of what it norms."""
+    whole, each = len(layer.output.weight), layer.head_size
+    norms = (
+        (layer.before_attention, whole),
+        (layer.before_block, whole),
+        (layer.query_norm, each),
+        (layer.key_norm, each),
+    )
+    return [(norm, size) for norm, size in norms if isinstance(norm, RMSNorm)]
 
 
 def _norm(norm: Any) -> tuple[int, float]:
