@@ -6,10 +6,8 @@
 use crate::memory::{Plain, maybe, numbers, numbers_mut, size};
 use crate::{isa, team};
 use half::{bf16, f16};
-use offramp_core::InstructionSet;
 use offramp_core::step::{
-    self, Finish, Heads, Layer, Linear, Machine, Norm, Number, Product, Rotary, Rows, Seen, Team,
-    Weight,
+    self, Finish, Heads, Layer, Linear, Machine, Norm, Number, Rotary, Rows, Seen, Weight,
 };
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
@@ -62,7 +60,10 @@ pub fn multiply_rows(
     width: usize,
     threads: u32,
 ) -> PyResult<()> {
-    let isa = isa::chosen()?;
+    let machine = Machine {
+        isa: isa::chosen()?,
+        team: &team::Torch(threads),
+    };
     let (given, found) = (size(&[count, width])?, size(&[count, linear.3])?);
     with_type!(dtype, |T| {
         let rows = Rows {
@@ -73,25 +74,13 @@ pub fn multiply_rows(
         let out = numbers_mut(out, found)?;
         if linear.1 == 0 {
             let linear: Linear<'_, T> = linear_at(linear, width)?;
-            py.detach(|| multiply(isa, linear, rows, out, threads));
+            py.detach(|| machine.multiply_into(&[linear], Finish::Store, rows, out));
         } else {
             let linear: Linear<'_, T, i8> = linear_at(linear, width)?;
-            py.detach(|| multiply(isa, linear, rows, out, threads));
+            py.detach(|| machine.multiply_into(&[linear], Finish::Store, rows, out));
         }
         Ok(())
     })
-}
-
-fn multiply<T: Number, W: Weight>(
-    isa: InstructionSet,
-    linear: Linear<'_, T, W>,
-    rows: Rows<'_, T>,
-    out: &mut [T],
-    threads: u32,
-) {
-    let team = team::Torch(threads);
-    let product = Product::new(isa, &[linear], Finish::Store, rows, out, team.size());
-    team.run(product.parts(), &|| product.work());
 }
 
 /// Norm `count` rows of a width into `out`.
@@ -206,9 +195,8 @@ impl Layers {
         threads: u32,
         given: Run,
     ) -> PyResult<()> {
-        let isa = isa::chosen()?;
         let machine = Machine {
-            isa,
+            isa: isa::chosen()?,
             team: &team::Torch(threads),
         };
         let partly = self.before.is_none() && self.after.is_none();

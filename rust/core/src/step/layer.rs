@@ -41,15 +41,27 @@ impl Machine<'_> {
         };
         let height: usize = counted.iter().map(|linear| linear.height(rows.width)).sum();
         let mut out = vec![T::ZERO; count * height];
-        let product = Product::new(self.isa, linears, finish, rows, &mut out, self.team.size());
-        self.team.run(product.parts(), &|| product.work());
-        drop(product);
+        self.multiply_into(linears, finish, rows, &mut out);
         out
+    }
+
+    /// The same, into numbers that are there.
+    ///
+    /// # Panics
+    /// As [`Product::new`].
+    pub fn multiply_into<'a, T: Number, W: Weight>(
+        self,
+        linears: &[Linear<'a, T, W>],
+        finish: Finish<'a, T>,
+        rows: Rows<'_, T>,
+        out: &'a mut [T],
+    ) {
+        let product = Product::new(self.isa, linears, finish, rows, out, self.team.size());
+        self.team.run(product.parts(), &|| product.work());
     }
 }
 
 /// A layer: `h + residual * output(attention(projections(norm h)))`, and the same once more with a gated block.
-#[derive(Clone)]
 pub struct Layer<'a, T, W = T> {
     /// Of the rows, before they are projected.
     pub before_attention: Norm<'a, T>,
